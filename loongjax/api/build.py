@@ -1,0 +1,101 @@
+"""From a model's name and a configuration to a running engine: the one place of assembly.
+
+The executor's module is imported here and late, since it imports jax, and since jax must
+know how many devices to emulate before it starts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from loongjax.config import EngineConfig
+from loongjax.engine import Engine
+from loongjax.errors import ConfigError
+from loongjax.executor.protocol import Executor
+from loongjax.kvcache import BlockAllocator
+from loongjax.models.config import ModelConfig
+from loongjax.models.resolve import ResolvedModel, resolve
+from loongjax.plan import Topology
+from loongjax.scheduler.policies.first_come import FirstCome
+from loongjax.text import Tokenizer, load_tokenizer
+
+
+@runtime_checkable
+class DeviceExecutor(Executor, Protocol):
+    """An executor that sized its own pool and knows its hardware."""
+
+    @property
+    def topology(self) -> Topology:
+        """The groups that it can run."""
+        ...
+
+    @property
+    def pool_slots(self) -> int:
+        """KV tokens that each instance holds."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuiltEngine:
+    """A running engine and what its users need beside it."""
+
+    engine: Engine
+    model: ModelConfig
+    tokenizer: Tokenizer | None
+
+
+def build_engine(model: str, config: EngineConfig) -> BuiltEngine:
+    """Resolves and loads a model, and starts an engine on it.
+
+    Raises:
+      ModelError: The model cannot be found or read.
+      ConfigError: The configuration does not fit the model or the devices.
+      BackendStartedError: jax runs already, with too few devices.
+    """
+    resolved = resolve(model)
+    _check_max_model_len(config, resolved.config)
+    tokenizer = load_tokenizer(resolved.tokenizer)
+    executor = _create_executor(resolved, config)
+    try:
+        topology = executor.topology
+        engine = Engine(
+            executor=executor,
+            policy=FirstCome(),
+            allocator=BlockAllocator(
+                instances=config.cluster.instances,
+                slots=executor.pool_slots,
+                block_size=config.pool.block_size,
+            ),
+            topology=topology,
+            vocab_size=resolved.config.vocab_size,
+            max_model_len=config.max_model_len
+            or _default_max_model_len(resolved.config, max(topology.degrees) * executor.pool_slots),
+            eos_ids={*resolved.config.eos_ids, *(tokenizer.eos_ids if tokenizer else ())},
+        )
+    except BaseException:
+        executor.close()
+        raise
+    return BuiltEngine(engine=engine, model=resolved.config, tokenizer=tokenizer)
+
+
+def _create_executor(resolved: ResolvedModel, config: EngineConfig) -> DeviceExecutor:
+    from loongjax.cluster.emulation import prepare_devices
+
+    prepare_devices(config.cluster.devices)
+    from loongjax.executor.jax_executor import JaxExecutor
+
+    return JaxExecutor.create(config=resolved.config, source=resolved.source, engine_config=config)
+
+
+def _check_max_model_len(config: EngineConfig, model: ModelConfig) -> None:
+    if config.max_model_len is not None and config.max_model_len > model.max_positions:
+        raise ConfigError(
+            f"max_model_len {config.max_model_len} exceeds the {model.max_positions} positions "
+            "that the model was made for; lower it"
+        )
+
+
+def _default_max_model_len(model: ModelConfig, group_slots: int) -> int:
+    """What the model was made for, or what fits the pool (an answer's last token has no KV)."""
+    return min(model.max_positions, group_slots + 1)

@@ -1,0 +1,88 @@
+"""What `LLM` gives back, and how it is put together from a request's events."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import groupby
+
+from loongjax.engine import FinishReason, StepKind, StepRecord, Timings
+from loongjax.plan import Group
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepRun:
+    """`count` successive steps of a request, all of one kind and on the same instances."""
+
+    kind: StepKind
+    instances: Group
+    count: int
+
+    @property
+    def degree(self) -> int:
+        """How many instances worked on it."""
+        return len(self.instances)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RequestOutput:
+    """The answer to one prompt.
+
+    Attributes:
+      prompt_token_ids: The prompt as the model saw it.
+      token_ids: The answer, with the token that stopped it if there is one.
+      text: The answer without that token and without the model's special tokens; None if
+        the model has no tokenizer.
+      finish_reason: `length`, `stop`, `abort` or `error`.
+      stop_token: The token that stopped it, or None.
+      error: What went wrong, or None unless `finish_reason` is `error`.
+      steps: Where and how it ran, in order. Steps that failed are left out.
+      ttft_s: Seconds from submission to the first token, or None without one.
+      decode_tokens_per_s: Tokens per second after the first, or None without any.
+    """
+
+    prompt_token_ids: tuple[int, ...] = field(repr=False)
+    token_ids: tuple[int, ...]
+    text: str | None
+    finish_reason: FinishReason
+    stop_token: int | None = None
+    error: str | None = None
+    steps: tuple[StepRun, ...] = ()
+    ttft_s: float | None = None
+    decode_tokens_per_s: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamChunk:
+    """A piece of an answer. The chunks' texts joined are the text of the answer.
+
+    Attributes:
+      text: What is new and final, often empty; None if the model has no tokenizer.
+      token_ids: The new tokens; empty in the last chunk.
+      finish_reason: Set in the last chunk alone.
+    """
+
+    text: str | None
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+
+
+def step_runs(records: Iterable[StepRecord]) -> tuple[StepRun, ...]:
+    """Run-length summary of a request's steps, failed ones left out."""
+    done = (record for record in records if record.error is None)
+    return tuple(
+        StepRun(kind=kind, instances=group, count=sum(1 for _ in run))
+        for (kind, group), run in groupby(done, key=lambda record: (record.kind, record.group))
+    )
+
+
+def ttft_s(timings: Timings) -> float | None:
+    """Seconds from submission to the first token."""
+    return None if timings.first_token is None else timings.first_token - timings.arrival
+
+
+def decode_rate(timings: Timings, tokens: int) -> float | None:
+    """Tokens per second after the first."""
+    if timings.first_token is None or tokens < 2 or timings.end <= timings.first_token:
+        return None
+    return (tokens - 1) / (timings.end - timings.first_token)

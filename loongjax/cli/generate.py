@@ -1,0 +1,143 @@
+"""`loongjax generate`: one prompt, one answer."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from loongjax.api.llm import LLM
+from loongjax.api.outputs import RequestOutput
+from loongjax.cli.options import add_engine_options, add_json_option, llm_arguments
+from loongjax.errors import RequestError
+from loongjax.sampling.params import SamplingParams
+
+_EPILOG = """\
+examples:
+  loongjax generate --model demo --chat --prompt "Why is the sky blue?" --max-tokens 60
+  loongjax generate --model demo --instances 4 --degrees 1,2,4 --prompt-file book.txt --json
+  loongjax generate --model random:bench58m --token-ids-file ids.json --ignore-eos --json
+"""
+
+
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds `generate` to the command's parser."""
+    parser = commands.add_parser(
+        "generate",
+        help="answer one prompt",
+        description="Answers one prompt, on one or more elastic instances of this machine.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_engine_options(parser)
+    prompt = parser.add_argument_group("prompt (one of)").add_mutually_exclusive_group(
+        required=True
+    )
+    prompt.add_argument("--prompt", metavar="TEXT", help="the prompt itself")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="a UTF-8 text file")
+    prompt.add_argument("--token-ids-file", metavar="FILE", help="a JSON list of token ids")
+    parser.add_argument(
+        "--chat", action="store_true", help="put the prompt into the model's chat template"
+    )
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--max-tokens", type=int, metavar="N", help="tokens to generate at most")
+    sampling.add_argument(
+        "--temperature", type=float, default=0.0, help="0 takes the most likely token (default 0)"
+    )
+    sampling.add_argument("--seed", type=int, help="of the random draw (default: a new one)")
+    sampling.add_argument(
+        "--ignore-eos", action="store_true", help="go on after the model's end tokens"
+    )
+    add_json_option(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Answers the prompt and prints the text, or the JSON object."""
+    params = SamplingParams(
+        temperature=options.temperature,
+        seed=options.seed,
+        max_tokens=options.max_tokens,
+        ignore_eos=options.ignore_eos,
+    )
+    prompt = read_prompt(options)
+    with LLM(options.model, **llm_arguments(options)) as llm:
+        if options.chat:
+            if not isinstance(prompt, str):
+                raise RequestError("--chat needs a text; token ids are taken as they are")
+            output = llm.chat([{"role": "user", "content": prompt}], params)
+        else:
+            output = llm.generate(prompt, params)[0]
+        report = describe(llm, output)
+    if options.json:
+        print(json.dumps(report), flush=True)
+    else:
+        print(output.token_ids if output.text is None else output.text, flush=True)
+        print(summary(report), file=sys.stderr)
+
+
+def read_prompt(options: argparse.Namespace) -> str | list[int]:
+    """The prompt from whichever option gave it.
+
+    Raises RequestError when a file cannot be read or does not hold what it should.
+    """
+    if options.prompt is not None:
+        return options.prompt
+    path = Path(options.prompt_file or options.token_ids_file)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"cannot read {path}: {error}") from error
+    if options.prompt_file:
+        return text
+    try:
+        ids = json.loads(text)
+    except ValueError as error:
+        raise RequestError(f"{path} is not JSON: {error}") from error
+    if not isinstance(ids, list) or not all(type(item) is int for item in ids):
+        raise RequestError(f"{path} must hold a JSON list of whole numbers, such as [1, 2, 3]")
+    return ids
+
+
+def describe(llm: LLM, output: RequestOutput) -> dict[str, Any]:
+    """What `--json` prints."""
+    stats = llm.stats()
+    return {
+        "text": output.text,
+        "token_ids": list(output.token_ids),
+        "prompt_tokens": len(output.prompt_token_ids),
+        "completion_tokens": len(output.token_ids),
+        "finish_reason": output.finish_reason,
+        "steps": [
+            {
+                "kind": run.kind,
+                "degree": run.degree,
+                "instances": list(run.instances),
+                "count": run.count,
+            }
+            for run in output.steps
+        ],
+        "programs": {
+            "compiled": stats.programs.compiled,
+            "loaded": stats.programs.loaded,
+            "rebound": stats.programs.rebound,
+        },
+        "ttft_s": output.ttft_s,
+        "decode_tokens_per_s": output.decode_tokens_per_s,
+        "pool": {
+            "slots": stats.instances[0].slots,
+            "used_after": sum(instance.used for instance in stats.instances),
+        },
+    }
+
+
+def summary(report: dict[str, Any]) -> str:
+    """One line for people."""
+    rate = report["decode_tokens_per_s"]
+    return (
+        f"{report['prompt_tokens']} prompt tokens, {report['completion_tokens']} generated "
+        f"({report['finish_reason']}); first after {report['ttft_s']:.2f} s"
+        + (f", then {rate:.1f} tokens/s" if rate else "")
+    )

@@ -1,0 +1,66 @@
+"""The `loongjax` command: its subcommands, its exit codes, and its one line of JSON.
+
+Results go to stdout, everything else to stderr. With `--json` the last line on stdout is
+exactly one JSON object. Exit code 0: done; 1: it failed; 2: the user can mend it, and one
+line on stderr says how.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from loongjax import __version__
+from loongjax.cli import generate
+from loongjax.errors import LoongJaxError, UserError
+
+_DESCRIPTION = """\
+Serve long-context language models on JAX with elastic sequence parallelism: how many
+accelerators work on a request changes while the request runs.
+"""
+
+_EPILOG = """\
+examples:
+  loongjax generate --model demo --chat --prompt "Why is the sky blue?"
+  loongjax generate --model demo --instances 4 --prompt-file book.txt --max-tokens 100 --json
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands; each puts its function into `run`."""
+    parser = argparse.ArgumentParser(
+        prog="loongjax",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"loongjax {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    generate.add_command(commands)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code."""
+    options = build_parser().parse_args(arguments)
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s: %(message)s"
+    )
+    try:
+        options.run(options)
+    except UserError as error:
+        print(f"loongjax: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except LoongJaxError as error:
+        print(f"loongjax: failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("loongjax: interrupted", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""How an engine is set up: the cluster, the KV pool, and limits. Imports no jax.
+
+Every value is checked when the object is made, so that nobody else needs to. What cannot be
+known without the model or the devices is checked where they are (`loongjax.api.build`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from loongjax.errors import ConfigError
+
+Dtype: TypeAlias = Literal["float32", "bfloat16"]
+_DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoolConfig:
+    """KV memory of one elastic instance.
+
+    Attributes:
+      block_size: Tokens per block. Idle memory: under one block per request and home.
+        Host time: tables shrink as 1 / block_size. A change recompiles every program.
+        1 is the paper's token granularity.
+      slots: Tokens held, each 2 * layers * kv_heads * head_dim * itemsize bytes. Whole blocks
+        alone are used. A compiled shape: a change recompiles every program. None: what the
+        device's memory leaves, found at the first start.
+    """
+
+    block_size: int = 16
+    slots: int | None = None
+
+    def __post_init__(self) -> None:
+        _at_least_one("block_size", self.block_size)
+        if self.slots is not None and self.slots < self.block_size:
+            raise ConfigError(
+                f"pool slots {self.slots} are less than one block of {self.block_size}; give the "
+                "pool more slots or lower block_size"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterConfig:
+    """The devices, cut into elastic instances.
+
+    Attributes:
+      instances: Elastic instances; each holds one replica of the weights, and its own pool.
+      tensor_parallel: Devices per instance, over which a replica is sharded. Divides memory
+        per device and adds two reductions for each layer. A change recompiles every program.
+      degrees: Numbers of instances that may work together. Programs to compile grow with
+        their number. A request's KV must fit the largest. None: all that the hardware has
+        groups for.
+    """
+
+    instances: int = 1
+    tensor_parallel: int = 1
+    degrees: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _at_least_one("instances", self.instances)
+        _at_least_one("tensor_parallel", self.tensor_parallel)
+        if self.degrees is None:
+            return
+        if not self.degrees or list(self.degrees) != sorted(set(self.degrees)):
+            raise ConfigError(f"degrees must ascend, without repeats, got {self.degrees}")
+        if self.degrees[0] < 1 or self.degrees[-1] > self.instances:
+            raise ConfigError(
+                f"degrees {self.degrees} must lie in [1, {self.instances}], the number of "
+                "instances; add instances or leave the others out"
+            )
+
+    @property
+    def devices(self) -> int:
+        """Devices that the cluster takes."""
+        return self.instances * self.tensor_parallel
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """Everything that an engine is built from, beside the model.
+
+    Attributes:
+      cluster: The devices.
+      pool: KV memory.
+      max_model_len: Tokens of prompt and answer together. Costs nothing by itself, but a
+        request without `max_tokens` may claim this much of the pool. None: what the model
+        was made for, or what the largest group's pool holds if that is less.
+      dtype: Of weights, KV and activations. bfloat16 halves memory and is faster on
+        accelerators; only float32 gives the same tokens at every degree. None: float32 on
+        CPU, bfloat16 elsewhere.
+      program_dir: Folder of compiled programs, which makes later starts fast. Loading one
+        runs code, so nobody else may be able to write there. None: a folder of this user.
+    """
+
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    pool: PoolConfig = field(default_factory=PoolConfig)
+    max_model_len: int | None = None
+    dtype: Dtype | None = None
+    program_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_model_len is not None and self.max_model_len < 2:
+            raise ConfigError(
+                f"max_model_len must be at least 2 (a prompt token and an answer), not "
+                f"{self.max_model_len}"
+            )
+        if self.dtype is not None and self.dtype not in _DTYPES:
+            raise ConfigError(f"dtype must be one of {', '.join(_DTYPES)}, not {self.dtype!r}")
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise ConfigError(f"{name} must be at least 1, not {value}")

@@ -1,0 +1,36 @@
+"""The engine: requests in, tokens out. Imports no jax."""
+
+from loongjax.engine.admission import Admission
+from loongjax.engine.engine import Engine
+from loongjax.engine.handle import OnEvent, RequestHandle
+from loongjax.engine.messages import (
+    EngineStats,
+    Event,
+    FinishedEvent,
+    FinishReason,
+    GenerationRequest,
+    InstanceStats,
+    StepCount,
+    StepKind,
+    StepRecord,
+    Timings,
+    TokensEvent,
+)
+
+__all__ = [
+    "Admission",
+    "Engine",
+    "EngineStats",
+    "Event",
+    "FinishReason",
+    "FinishedEvent",
+    "GenerationRequest",
+    "InstanceStats",
+    "OnEvent",
+    "RequestHandle",
+    "StepCount",
+    "StepKind",
+    "StepRecord",
+    "Timings",
+    "TokensEvent",
+]

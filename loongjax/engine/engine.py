@@ -1,0 +1,158 @@
+"""The engine: a thread-safe front and the loop thread behind it.
+
+    with Engine(executor=..., policy=..., ...) as engine:
+        handle = engine.submit(GenerationRequest(id="a", token_ids=(1, 2, 3)))
+        for event in handle:
+            print(event)
+
+Owns the loop's thread and, through it, the executor. Does not know text, models or jax.
+"""
+
+from __future__ import annotations
+
+import atexit
+import threading
+from collections.abc import Iterable
+from types import TracebackType
+
+from loongjax.engine.admission import Admission
+from loongjax.engine.front import Front
+from loongjax.engine.handle import OnEvent, RequestHandle
+from loongjax.engine.history import History
+from loongjax.engine.loop import Loop
+from loongjax.engine.messages import EngineStats, GenerationRequest, StepRecord
+from loongjax.engine.state import State
+from loongjax.errors import StepError
+from loongjax.executor.protocol import Executor
+from loongjax.kvcache import BlockAllocator
+from loongjax.plan import RequestId, Topology
+from loongjax.scheduler.policy import Policy
+
+
+class Engine:
+    """Serves generation requests. Every method may be called from any thread.
+
+    Attributes:
+      limits: What a request may ask for.
+    """
+
+    def __init__(
+        self,
+        *,
+        executor: Executor,
+        policy: Policy,
+        allocator: BlockAllocator,
+        topology: Topology,
+        vocab_size: int,
+        max_model_len: int,
+        eos_ids: Iterable[int] = (),
+    ) -> None:
+        """Starts the loop. From here on the executor belongs to the engine, which closes it.
+
+        Args:
+          executor: Runs the steps; its `now` is the engine's clock.
+          policy: Decides what runs where.
+          allocator: The slots of the pool that `executor` works on; none in use.
+          topology: The groups that `executor` can run.
+          vocab_size: Token ids are in [0, vocab_size).
+          max_model_len: Tokens of prompt and answer together.
+          eos_ids: Tokens that end an answer, unless a request ignores them.
+        """
+        limits = executor.limits
+        self.limits = Admission(
+            vocab_size=vocab_size,
+            max_model_len=max_model_len,
+            block_size=allocator.block_size,
+            instance_slots=allocator.slots,
+            degree=max(topology.degrees),
+            max_chunk_tokens=limits.max_chunk_tokens,
+        )
+        self._now = executor.now
+        self._front = Front(admission=self.limits, now=executor.now, wake=executor.wake)
+        self._state = State(allocator=allocator, topology=topology, limits=limits)
+        self._history = History()
+        self._loop = Loop(
+            executor=executor,
+            policy=policy,
+            state=self._state,
+            front=self._front,
+            history=self._history,
+            admission=self.limits,
+            eos_ids=frozenset(eos_ids),
+        )
+        self._thread = threading.Thread(target=self._loop.run, name="loongjax-engine", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the loop runs. False after `close`, and after a policy or executor broke."""
+        return self._loop.alive
+
+    def now(self) -> float:
+        """The clock of deadlines, timings and records [s]."""
+        return self._now()
+
+    def submit(
+        self, request: GenerationRequest, *, on_event: OnEvent | None = None
+    ) -> RequestHandle:
+        """Queues a request and returns at once.
+
+        Args:
+          request: What to generate. It is checked here, not later.
+          on_event: Gets the events, on the loop's thread, instead of the handle.
+
+        Raises:
+          RequestError: The prompt is empty, has an id outside the vocabulary or is too long,
+            or the request's id is in use.
+          CapacityError: It can never fit the pool.
+          EngineClosedError: The engine was closed, or died; the message says of what.
+        """
+        return self._front.submit(request, on_event)
+
+    def abort(self, request_id: RequestId) -> None:
+        """Ends a request with reason `abort`; nothing happens if it has ended.
+
+        Its slots are free when the step that works on it, if any, has ended.
+        """
+        self._front.abort(request_id)
+
+    def stats(self) -> EngineStats:
+        """The engine as it was when it last planned, and its counters."""
+        return self._history.stats(self._state.published, alive=self.alive)
+
+    def steps(self) -> tuple[StepRecord, ...]:
+        """The latest steps, in the order in which they ended (up to 100,000 are kept)."""
+        return self._history.steps()
+
+    def steps_of(self, request_id: RequestId) -> tuple[StepRecord, ...]:
+        """The latest steps that worked on a request, even after it ended."""
+        return self._history.steps_of(request_id)
+
+    def close(self) -> None:
+        """Aborts open requests, ends the loop and closes the executor. May be called again.
+
+        Waits for steps in flight, unless it is called from an `on_event` callback.
+
+        Raises:
+          StepError: The executor could not be closed.
+        """
+        atexit.unregister(self.close)
+        self._front.request_close()
+        if threading.current_thread() is self._thread:
+            return
+        self._thread.join()
+        error, self._loop.close_error = self._loop.close_error, None
+        if error is not None:
+            raise StepError(f"the executor could not be closed: {error}") from error
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()

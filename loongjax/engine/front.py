@@ -1,0 +1,129 @@
+"""The thread-safe door of the engine: what callers hand in, until the loop takes it.
+
+Owns the inbox and the set of ids in use, under one lock. Checks requests in the caller's
+thread, so that the loop never meets one that cannot be served. Never calls the loop, the
+policy or a device; the executor's `wake` and clock are all it touches.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from loongjax.engine.admission import Admission
+from loongjax.engine.handle import OnEvent, RequestHandle
+from loongjax.engine.messages import GenerationRequest
+from loongjax.errors import EngineClosedError, RequestError
+from loongjax.plan import RequestId
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Submission:
+    """A checked request. `max_tokens` is resolved: never None, and within all limits."""
+
+    request: GenerationRequest
+    handle: RequestHandle
+    max_tokens: int
+    arrival: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Abort:
+    """A wish to end the request of this handle. (Its id may be another's by now.)"""
+
+    handle: RequestHandle
+
+
+Input: TypeAlias = Submission | Abort
+
+
+class Front:
+    """Inbox of the loop. `submit`, `abort` and `request_close` may come from any thread."""
+
+    def __init__(
+        self, *, admission: Admission, now: Callable[[], float], wake: Callable[[], None]
+    ) -> None:
+        self._admission = admission
+        self._now = now
+        self._wake = wake
+        self._lock = threading.Lock()
+        self._inbox: list[Input] = []
+        self._live: dict[RequestId, RequestHandle] = {}
+        self._closing = False
+        self._shut: str | None = None
+
+    @property
+    def closing(self) -> bool:
+        """Whether the loop should end."""
+        return self._closing
+
+    @property
+    def has_input(self) -> bool:
+        """Whether something came since `take`."""
+        return bool(self._inbox)
+
+    def submit(self, request: GenerationRequest, on_event: OnEvent | None) -> RequestHandle:
+        """Queues a request; see `Engine.submit`."""
+        max_tokens = self._admission.check(request)
+        handle = RequestHandle(request.id, self._abort, on_event)
+        with self._lock:
+            self._check_open()
+            if request.id in self._live:
+                raise RequestError(
+                    f"request id {request.id!r} is in use; an id is free again when its request "
+                    "has ended and no step works on it any more. Choose another"
+                )
+            self._live[request.id] = handle
+            self._inbox.append(  # stamped under the lock: inbox order is arrival order
+                Submission(
+                    request=request, handle=handle, max_tokens=max_tokens, arrival=self._now()
+                )
+            )
+            self._wake()
+        return handle
+
+    def abort(self, request: RequestId) -> None:
+        """Queues an abort; nothing happens if the request or the engine has ended."""
+        with self._lock:
+            handle = self._live.get(request)
+        if handle is not None:
+            self._abort(handle)
+
+    def request_close(self) -> None:
+        """Lets the loop end after what it does now; further submissions are refused."""
+        with self._lock:
+            if self._shut is None and not self._closing:
+                self._closing = True
+                self._wake()
+
+    def take(self) -> list[Input]:
+        """Everything that came since the last call, in order of arrival. The loop's call."""
+        with self._lock:
+            taken, self._inbox = self._inbox, []
+        return taken
+
+    def retire(self, request: RequestId) -> None:
+        """Makes an id free for another request. The loop's call."""
+        with self._lock:
+            self._live.pop(request, None)
+
+    def shut(self, reason: str) -> list[Input]:
+        """Refuses everything from now on, naming `reason`; gives what was still queued."""
+        with self._lock:
+            self._shut = reason
+            left, self._inbox = self._inbox, []
+        return left
+
+    def _abort(self, handle: RequestHandle) -> None:
+        with self._lock:
+            if self._shut is None and self._live.get(handle.id) is handle:
+                self._inbox.append(Abort(handle=handle))
+                self._wake()
+
+    def _check_open(self) -> None:
+        if self._shut is not None:
+            raise EngineClosedError(self._shut)
+        if self._closing:
+            raise EngineClosedError("the engine is closing; create another one")

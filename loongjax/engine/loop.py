@@ -1,0 +1,286 @@
+"""The engine's loop: inbox, snapshot, plan, submit, poll, hand tokens out.
+
+Runs on one thread and makes all calls to policy, allocator and executor. It waits in
+`Executor.poll` alone; a new request, an abort or a finished step makes it plan anew, and
+while nothing happens it does nothing. New steps are submitted before the last ones' tokens
+are handed out, so that devices do not wait for callers.
+
+Refuses to go on with a plan that breaks a rule: the policy is wrong then, and guessing
+would corrupt the pool. Every open request ends with an error and the engine is dead.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from loongjax.engine.admission import Admission
+from loongjax.engine.front import Front, Submission
+from loongjax.engine.handle import RequestHandle
+from loongjax.engine.history import History
+from loongjax.engine.messages import (
+    Event,
+    FinishedEvent,
+    FinishReason,
+    GenerationRequest,
+    TokensEvent,
+)
+from loongjax.engine.request import Request
+from loongjax.engine.state import State
+from loongjax.executor.protocol import Executor, RequestInput
+from loongjax.plan import Plan, Snapshot, Step, StepResult
+from loongjax.scheduler import validate
+from loongjax.scheduler.policy import Policy
+
+_log = logging.getLogger(__name__)
+
+_POLL_S = 60.0
+"""How long one poll may wait. Nothing depends on it: whatever happens ends the wait."""
+
+_MAX_FAILURES = 2
+"""A request that this many failed steps hit is not tried again: it may be their cause."""
+
+
+class Loop:
+    """Serves requests until the front asks it to close, or until something is wrong."""
+
+    def __init__(
+        self,
+        *,
+        executor: Executor,
+        policy: Policy,
+        state: State,
+        front: Front,
+        history: History,
+        admission: Admission,
+        eos_ids: frozenset[int],
+    ) -> None:
+        self._executor = executor
+        self._policy = policy
+        self._state = state
+        self._front = front
+        self._history = history
+        self._admission = admission
+        self._eos_ids = eos_ids
+        self._outbox: list[tuple[RequestHandle, Event]] = []
+        self.alive = True
+        self.close_error: Exception | None = None
+
+    def run(self) -> None:
+        """The thread's body: serves, then ends every open request and closes the executor."""
+        reason: FinishReason = "abort"
+        message = "the engine was closed; create another one"
+        try:
+            self._serve()
+        except Exception as error:
+            _log.exception("the engine died")
+            reason = "error"
+            message = f"the engine died of {type(error).__name__}: {error}; create another one"
+        finally:
+            self.alive = False
+            self._shut(reason, message)
+
+    def _serve(self) -> None:
+        results: list[StepResult] = []
+        while not self._front.closing:
+            changed = self._take_inbox()
+            for result in results:
+                self._land(result)
+            if changed or results:
+                self._plan()
+                self._deliver()
+            results = self._executor.poll(_POLL_S)
+
+    # Input
+
+    def _take_inbox(self) -> bool:
+        taken = self._front.take()
+        for item in taken:  # all are booked before anything can raise: none may lack an end
+            if isinstance(item, Submission):
+                params = item.request.params
+                eos_ids = frozenset() if params.ignore_eos else self._eos_ids
+                self._state.add(
+                    Request(submission=item, stop_ids=eos_ids.union(params.stop_token_ids))
+                )
+        for item in taken:
+            if isinstance(item, Submission):
+                self._admit(item.request)
+            else:
+                self._abort(item.handle)
+        return bool(taken)
+
+    def _admit(self, request: GenerationRequest) -> None:
+        seed = request.params.seed
+        self._executor.admit(
+            RequestInput(
+                id=request.id,
+                token_ids=request.token_ids,
+                temperature=request.params.temperature,
+                seed=_draw_seed() if seed is None else seed,
+            )
+        )
+
+    def _abort(self, handle: RequestHandle) -> None:
+        request = self._state.open.get(handle.id)
+        if request is not None and request.handle is handle:
+            self._end(request, "abort", time=self._executor.now())
+
+    # Planning
+
+    def _plan(self) -> None:
+        """Plans until steps are submitted or there is nothing to do now."""
+        while True:
+            snapshot = self._state.snapshot()
+            if not self._state.open:
+                return
+            plan = self._policy.schedule(self._executor.now(), snapshot)
+            validate(snapshot, plan)
+            self._carry_out(plan)
+            if plan.steps:
+                return
+            if plan.preempt or plan.reject:
+                continue
+            if self._state.flying or self._front.has_input:
+                return
+            self._fail_stuck(snapshot)
+
+    def _carry_out(self, plan: Plan) -> None:
+        for rejection in plan.reject:
+            request = self._state.open[rejection.request]
+            self._end(request, "error", error=rejection.reason, time=self._executor.now())
+        for name in plan.preempt:
+            self._history.add_preemption()
+            self._recompute(self._state.open[name], "it was preempted")
+        for step in plan.steps:
+            slots = self._state.launch(step, self._executor.now())
+            self._executor.submit(step, slots)
+
+    def _fail_stuck(self, snapshot: Snapshot) -> None:
+        """Ends the oldest request: an idle engine that plans nothing would hang for ever."""
+        view = (snapshot.waiting or snapshot.running)[0]
+        free = sum(instance.free_slots for instance in snapshot.instances)
+        self._end(
+            self._state.open[view.id],
+            "error",
+            error=(
+                f"policy {type(self._policy).__name__} plans no step although nothing is in "
+                f"flight: {len(snapshot.waiting)} requests wait, {len(snapshot.running)} run, "
+                f"{free} slots are free. This one is the oldest; it needs up to {view.peak} KV "
+                "slots. Give the pool more slots, or use another policy"
+            ),
+            time=self._executor.now(),
+        )
+
+    # Results
+
+    def _land(self, result: StepResult) -> None:
+        step, ended = self._state.land(result.seq)
+        self._history.add_step(step, result)
+        for gone in ended:
+            self._forget(gone)
+        if result.error is not None:
+            self._fail_step(step, result.error)
+            return
+        for sampled in result.tokens:
+            request = self._state.open.get(sampled.request)
+            if request is not None:  # else it was aborted while the step ran
+                self._accept(request, sampled.token, result.ended)
+
+    def _accept(self, request: Request, token: int, time: float) -> None:
+        reason = request.append(token, time)
+        self._history.add_token()
+        event = TokensEvent(token_ids=(token,), stopped=reason == "stop")
+        self._outbox.append((request.handle, event))
+        if reason is not None:
+            stop_token = token if reason == "stop" else None
+            self._end(request, reason, stop_token=stop_token, time=time)
+
+    def _fail_step(self, step: Step, error: str) -> None:
+        _log.error("step %d on group %s failed: %s", step.seq, step.group, error)
+        for request in self._state.victims(step):
+            request.failures += 1
+            if request.failures < _MAX_FAILURES:
+                self._history.add_recompute()
+                self._recompute(request, f"step {step.seq} failed ({error})")
+            else:
+                self._end(
+                    request,
+                    "error",
+                    error=(
+                        f"its KV was lost to {request.failures} failed steps, the last being "
+                        f"step {step.seq} on group {step.group}: {error}"
+                    ),
+                    time=self._executor.now(),
+                )
+
+    # Ends
+
+    def _recompute(self, request: Request, why: str) -> None:
+        """Drops a request's KV; it waits again, if a prefill step can still take it."""
+        self._state.release_kv(request)
+        self._executor.drop_kv(request.id)
+        limit = self._admission.max_prefill_tokens
+        if request.length > limit:
+            self._end(
+                request,
+                "error",
+                error=(
+                    f"{why}, and its {request.length} tokens cannot be computed anew: one "
+                    f"prefill step takes at most {limit}. Shorten the prompt or lower max_tokens"
+                ),
+                time=self._executor.now(),
+            )
+
+    def _end(
+        self,
+        request: Request,
+        reason: FinishReason,
+        *,
+        time: float,
+        error: str | None = None,
+        stop_token: int | None = None,
+    ) -> None:
+        event = FinishedEvent(
+            reason=reason, error=error, stop_token=stop_token, timings=request.timings(time)
+        )
+        self._outbox.append((request.handle, event))
+        self._history.add_end(reason)
+        if self._state.end(request):
+            self._forget(request)
+
+    def _forget(self, request: Request) -> None:
+        self._state.release_kv(request)
+        self._executor.forget(request.id)
+        self._front.retire(request.id)
+
+    def _deliver(self) -> None:
+        outbox, self._outbox = self._outbox, []
+        for handle, event in outbox:
+            handle.deliver(event)
+
+    def _shut(self, reason: FinishReason, message: str) -> None:
+        queued = [item for item in self._front.shut(message) if isinstance(item, Submission)]
+        requests = [
+            *self._state.open.values(),
+            *(Request(submission=item, stop_ids=frozenset()) for item in queued),
+        ]
+        for request in requests:
+            event = FinishedEvent(
+                reason=reason,
+                error=message if reason == "error" else None,
+                timings=request.timings(self._executor.now()),
+            )
+            self._outbox.append((request.handle, event))
+            self._history.add_end(reason)
+        self._deliver()
+        try:
+            self._executor.close()
+        except Exception as error:
+            _log.exception("the executor could not be closed")
+            self.close_error = error
+        if reason == "abort":  # nothing runs any more, and the books are in order
+            self._state.clear()
+
+
+def _draw_seed() -> int:
+    return int.from_bytes(os.urandom(4), "little") >> 1

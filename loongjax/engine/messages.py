@@ -1,0 +1,166 @@
+"""What goes into the engine and what comes out: requests, events, records, statistics.
+
+All of it is frozen, so that it may be handed between threads without a lock. Times are
+seconds of the engine's clock (`Engine.now`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from loongjax.plan import Group, InstanceId, RequestId, Share
+from loongjax.sampling.params import SamplingParams
+
+FinishReason: TypeAlias = Literal["length", "stop", "abort", "error"]
+StepKind: TypeAlias = Literal["prefill", "decode"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationRequest:
+    """A prompt and how to go on from it.
+
+    Attributes:
+      id: Unique among the requests whose KV the engine still holds.
+      token_ids: The prompt, at least one token.
+      params: How tokens are chosen, and when to stop.
+      priority: Higher is served earlier, by policies that look at it.
+      deadline: When it should end [s, engine clock]; policies may use it, the engine does
+        not abort for it.
+    """
+
+    id: RequestId
+    token_ids: tuple[int, ...]
+    params: SamplingParams = field(default_factory=SamplingParams)
+    priority: int = 0
+    deadline: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timings:
+    """When things happened to a request [s, engine clock]; None: it never came to that."""
+
+    arrival: float
+    first_scheduled: float | None
+    first_token: float | None
+    end: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokensEvent:
+    """Tokens that were generated since the last event, in order; never empty.
+
+    `stopped` says that the last of them ended the answer: it is no part of its text.
+    """
+
+    token_ids: tuple[int, ...]
+    stopped: bool = False
+
+    @property
+    def text_ids(self) -> tuple[int, ...]:
+        """The tokens that belong to the text."""
+        return self.token_ids[:-1] if self.stopped else self.token_ids
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinishedEvent:
+    """The last event of a request.
+
+    Attributes:
+      reason: `stop`: a token of the model's or the request's ended it; `length`:
+        `max_tokens` were generated; `abort`: the caller or the engine's closing ended it;
+        `error`: see `error`.
+      error: What went wrong and what to do; None unless `reason` is `error`.
+      stop_token: The token that ended it, already handed out; None unless `stop`.
+      timings: When it came, ran and ended.
+    """
+
+    reason: FinishReason
+    error: str | None = None
+    stop_token: int | None = None
+    timings: Timings
+
+
+Event: TypeAlias = TokensEvent | FinishedEvent
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepRecord:
+    """A step that ended, for timelines and for looking into what a request lived through.
+
+    Attributes:
+      seq: The step's number; ascending, but steps of disjoint groups may end in any order.
+      group: The instances that ran it; its length is the degree.
+      requests: The requests it worked on, in the step's order.
+      tokens: Tokens that went in: of all chunks, or one for each row.
+      kept: KV tokens that it stored on each instance; instances that stored none are left out.
+      masters: The master of each row of a decode step, in order; empty for prefill.
+      started, ended: When it was launched, and when its tokens were on the host.
+      error: Why it failed, or None.
+    """
+
+    seq: int
+    kind: StepKind
+    group: Group
+    requests: tuple[RequestId, ...]
+    tokens: int
+    kept: tuple[Share, ...]
+    masters: tuple[InstanceId, ...] = ()
+    started: float
+    ended: float
+    error: str | None = None
+
+    @property
+    def degree(self) -> int:
+        """How many instances ran it."""
+        return len(self.group)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InstanceStats:
+    """The pool of one instance: `used` of `slots` lie in blocks that a request holds."""
+
+    id: InstanceId
+    slots: int
+    used: int
+    busy: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepCount:
+    """How many steps of a kind and degree ended without an error."""
+
+    kind: StepKind
+    degree: int
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineStats:
+    """The engine as it was when it last planned, and what it did since it started.
+
+    Attributes:
+      alive: Whether it takes requests.
+      waiting: Requests whose known tokens have no KV yet.
+      running: Requests that decode.
+      instances: Use of every instance's pool.
+      steps: Steps that succeeded, by kind and degree.
+      prompt_tokens: Tokens that prefill steps computed; recomputed ones count again.
+      generated_tokens: Tokens handed out.
+      preemptions: How often a request's KV was dropped to make room.
+      failed_steps: Steps that ended with an error.
+      recomputed_requests: How often a request lost its KV to a failed step and was requeued.
+      finished: Ended requests as (reason, count), by reason.
+    """
+
+    alive: bool
+    waiting: int
+    running: int
+    instances: tuple[InstanceStats, ...]
+    steps: tuple[StepCount, ...]
+    prompt_tokens: int
+    generated_tokens: int
+    preemptions: int
+    failed_steps: int
+    recomputed_requests: int
+    finished: tuple[tuple[FinishReason, int], ...]

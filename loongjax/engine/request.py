@@ -1,0 +1,96 @@
+"""One request as the loop sees it, from its arrival until its slots are free again.
+
+Holds what was generated and where it stands; where its KV lies, only the allocator knows.
+The loop alone touches it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from loongjax.engine.front import Submission
+from loongjax.engine.handle import RequestHandle
+from loongjax.engine.messages import FinishReason, Timings
+from loongjax.kvcache import BlockAllocator
+from loongjax.plan import RequestId, RequestView
+
+
+@dataclass(kw_only=True, slots=True)
+class Request:
+    """State of a request.
+
+    Attributes:
+      submission: What came in.
+      stop_ids: Tokens that end it.
+      generated: Tokens produced so far.
+      in_flight: The step that works on it, or None.
+      failures: Failed steps that cost it its KV.
+      ended: It has an end, though a step may still work on it.
+      first_scheduled, first_token: For `Timings`.
+    """
+
+    submission: Submission
+    stop_ids: frozenset[int]
+    generated: list[int] = field(default_factory=list)
+    in_flight: int | None = None
+    failures: int = 0
+    ended: bool = False
+    first_scheduled: float | None = None
+    first_token: float | None = None
+    _view: RequestView | None = None
+
+    @property
+    def id(self) -> RequestId:
+        """Its name."""
+        return self.submission.request.id
+
+    @property
+    def handle(self) -> RequestHandle:
+        """The caller's end."""
+        return self.submission.handle
+
+    @property
+    def length(self) -> int:
+        """Tokens known: the prompt and what was generated."""
+        return len(self.submission.request.token_ids) + len(self.generated)
+
+    def append(self, token: int, time: float) -> FinishReason | None:
+        """Takes a token that was on the host at `time`; says whether it ends the request."""
+        self.generated.append(token)
+        self._view = None
+        if self.first_token is None:
+            self.first_token = time
+        if token in self.stop_ids:
+            return "stop"
+        return "length" if len(self.generated) == self.submission.max_tokens else None
+
+    def changed(self) -> None:
+        """To be called when its KV grew or went: the view is made anew."""
+        self._view = None
+
+    def view(self, allocator: BlockAllocator) -> RequestView:
+        """What the policy sees; the same object until something changes."""
+        if self._view is None:
+            request = self.submission.request
+            self._view = RequestView(
+                id=request.id,
+                prompt=len(request.token_ids),
+                max_tokens=self.submission.max_tokens,
+                arrival=self.submission.arrival,
+                computed=allocator.computed(self.id),
+                generated=len(self.generated),
+                kv=allocator.shares(self.id),
+                tail=allocator.tail(self.id),
+                deadline=request.deadline,
+                priority=request.priority,
+            )
+        return self._view
+
+    def timings(self, end: float) -> Timings:
+        """When it came, ran, and ended at `end`."""
+        return Timings(
+            arrival=self.submission.arrival,
+            first_scheduled=self.first_scheduled,
+            first_token=self.first_token,
+            end=end,
+        )

@@ -1,0 +1,155 @@
+"""The engine's books: open requests, steps in flight, and the snapshot made of them.
+
+Owns which request is where in its life; the allocator owns where KV lies. A snapshot costs
+one new view for each request or instance that changed, and one pass to build its tuples.
+The loop alone touches it, save `published`, which any thread may read.
+"""
+
+from __future__ import annotations
+
+from loongjax.engine.request import Request
+from loongjax.executor.protocol import ExecutorLimits
+from loongjax.kvcache import BlockAllocator
+from loongjax.kvcache.messages import SlotPlan
+from loongjax.plan import (
+    InstanceView,
+    RequestId,
+    RequestView,
+    Snapshot,
+    Step,
+    Topology,
+    step_requests,
+)
+
+
+class State:
+    """Requests from arrival until their slots are free, and steps from launch to result.
+
+    Attributes:
+      open: Requests without an end, by arrival.
+      flying: Steps in flight, by seq.
+      published: The newest snapshot.
+    """
+
+    def __init__(
+        self, *, allocator: BlockAllocator, topology: Topology, limits: ExecutorLimits
+    ) -> None:
+        self._allocator = allocator
+        self._topology = topology
+        self._limits = limits
+        self._version = 0
+        self._next_seq = 0
+        self._ending: dict[RequestId, Request] = {}
+        self._instances = tuple(
+            InstanceView(id=i, slots=allocator.usable, free_slots=allocator.free_slots(i))
+            for i in range(topology.instances)
+        )
+        self.open: dict[RequestId, Request] = {}
+        self.flying: dict[int, Step] = {}
+        self.published = self.snapshot()
+
+    def add(self, request: Request) -> None:
+        """Takes a new request in."""
+        self.open[request.id] = request
+        self._version += 1
+
+    def end(self, request: Request) -> bool:
+        """Marks a request as ended; says whether its slots may be freed at once.
+
+        They may not while a step in flight writes or reads them: `land` gives it then.
+        """
+        request.ended = True
+        del self.open[request.id]
+        self._version += 1
+        if request.in_flight is None:
+            return True
+        self._ending[request.id] = request
+        return False
+
+    def launch(self, step: Step, time: float) -> SlotPlan:
+        """Books a step that is about to be submitted; gives the slots it writes."""
+        slots = self._allocator.apply(step)
+        for name in step_requests(step):
+            request = self.open[name]
+            request.in_flight = step.seq
+            request.changed()
+            if request.first_scheduled is None:
+                request.first_scheduled = time
+        self.flying[step.seq] = step
+        self._next_seq = step.seq + 1
+        self._version += 1
+        return slots
+
+    def land(self, seq: int) -> tuple[Step, list[Request]]:
+        """A step ended: the step, and those of its requests that ended while it ran."""
+        step = self.flying.pop(seq)
+        self._version += 1
+        ended = []
+        for name in step_requests(step):
+            if request := self.open.get(name):
+                request.in_flight = None
+            elif request := self._ending.pop(name, None):
+                request.in_flight = None
+                ended.append(request)
+        return step, ended
+
+    def release_kv(self, request: Request) -> None:
+        """Frees a request's slots."""
+        self._allocator.release(request.id)
+        request.changed()
+        self._version += 1
+
+    def victims(self, step: Step) -> list[Request]:
+        """Open requests that lose KV when `step` fails: it ran them, or shares an instance.
+
+        Groups in flight are disjoint and hold all KV of their requests, so none of these is
+        in another step in flight.
+        """
+        group = set(step.group)
+        ran = set(step_requests(step))
+        return [
+            request
+            for request in self.open.values()
+            if request.id in ran or not group.isdisjoint(request.view(self._allocator).homes)
+        ]
+
+    def clear(self) -> None:
+        """Frees all slots and forgets all requests and steps; nothing may be in flight."""
+        for request in (*self.open.values(), *self._ending.values()):
+            self.release_kv(request)
+        self.open.clear()
+        self._ending.clear()
+        self.flying.clear()
+        self.snapshot()
+
+    def snapshot(self) -> Snapshot:
+        """What the policy may look at; also `published` from now on."""
+        waiting: list[RequestView] = []
+        running: list[RequestView] = []
+        in_flight: list[RequestId] = []
+        for request in self.open.values():
+            view = request.view(self._allocator)
+            (waiting if view.uncomputed > 1 else running).append(view)
+            if request.in_flight is not None:
+                in_flight.append(request.id)
+        self._instances = tuple(map(self._instance, self._instances))
+        self.published = Snapshot(
+            version=self._version,
+            next_seq=self._next_seq,
+            block_size=self._allocator.block_size,
+            max_chunk_tokens=self._limits.max_chunk_tokens,
+            max_rows=self._limits.max_rows,
+            waiting=tuple(waiting),
+            running=tuple(running),
+            instances=self._instances,
+            in_flight=frozenset(in_flight),
+            topology=self._topology,
+        )
+        return self.published
+
+    def _instance(self, old: InstanceView) -> InstanceView:
+        free = self._allocator.free_slots(old.id)
+        busy = max((seq for seq, step in self.flying.items() if old.id in step.group), default=None)
+        if (free, busy) == (old.free_slots, old.busy_seq):
+            return old
+        return InstanceView(id=old.id, slots=old.slots, free_slots=free, busy_seq=busy)

@@ -1,0 +1,120 @@
+"""Striped ring prefill with retention: the body of a prefill program, on one rank.
+
+Each rank computes Q, K and V of its stripe. K and V travel round the ring; each rank folds
+each arriving stripe into its running softmax (striped attention), and writes the tokens
+that it was told to keep into its pool as they pass. So any subset of the group can hold the
+KV afterwards, in any proportion, at no extra communication (LoongServe, section 4.1,
+"proactive scale-down").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int32
+
+from loongjax.cluster.mesh import SP
+from loongjax.esp.sampling import sample_rows
+from loongjax.kvcache.pool import KVPool, to_stored
+from loongjax.models.decoder import Decoder
+from loongjax.programs.spec import Meta
+from pallas_kernels.kv_write import kv_write
+from pallas_kernels.partials import empty_carry, finish
+from pallas_kernels.striped_attention import fold_stripe
+
+Window = int | Int32[Array, ""] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RingAttention:
+    """The decoder's attention in a prefill step: see `loongjax.models.decoder.Attend`."""
+
+    degree: int
+    meta: Meta
+
+    def __call__(
+        self,
+        state: KVPool,
+        *,
+        layer: int | Int32[Array, ""],
+        window: Window,
+        q_TxHxD: Float[Array, "T H D"],
+        k_TxGxD: Float[Array, "T G D"],
+        v_TxGxD: Float[Array, "T G D"],
+    ) -> tuple[Float[Array, "T H D"], KVPool]:
+        tokens, heads, head_dim = q_TxHxD.shape
+        kv_heads = k_TxGxD.shape[1]
+        rank = lax.axis_index(SP) if self.degree > 1 else jnp.int32(0)
+        q_HxTxD = q_TxHxD.transpose(1, 0, 2)
+        kv_TxXxD = jnp.concatenate([k_TxGxD, v_TxGxD], axis=1)  # K and V in one hop
+        carry = empty_carry((heads, tokens), head_dim)
+        pool = state
+        for hop in range(self.degree):
+            source = (rank - hop) % self.degree
+            last = hop == self.degree - 1
+            arriving = kv_TxXxD if last else lax.ppermute(kv_TxXxD, SP, _ring(self.degree))
+            stored = to_stored(kv_TxXxD, pool.k)
+            keep_T = self.meta["keep"][hop]
+            pool = pool._replace(
+                k=kv_write(pool.k, stored[:, :kv_heads], keep_T, layer=layer),
+                v=kv_write(pool.v, stored[:, kv_heads:], keep_T, layer=layer),
+            )
+            kv_XxTxD = kv_TxXxD.transpose(1, 0, 2)
+            carry = fold_stripe(
+                carry,
+                q_HxTxD,
+                kv_XxTxD[:kv_heads],
+                kv_XxTxD[kv_heads:],
+                first_visible(self.meta["first"], window, rank, source, self.degree),
+                shift=(rank < source).astype(jnp.int32),
+                used=self.meta["used"],
+                scale=head_dim**-0.5,
+            )
+            if not last:
+                # Ties each hop to the fold beside it. Left alone, XLA lets hops run ahead
+                # of the folds that should hide them, and keeps all stripes in memory.
+                kv_TxXxD, carry = lax.optimization_barrier((arriving, carry))
+        return finish(carry).o.transpose(1, 0, 2).astype(q_TxHxD.dtype), pool
+
+
+def _ring(degree: int) -> list[tuple[int, int]]:
+    return [(rank, (rank + 1) % degree) for rank in range(degree)]
+
+
+def first_visible(
+    first_T: Int32[Array, " T"],
+    window: Window,
+    rank: Int32[Array, ""],
+    source: Int32[Array, ""],
+    degree: int,
+) -> Int32[Array, " T"]:
+    """The first local key of stripe `source` that each local query of `rank` may see.
+
+    Query i and key j of one prompt are `degree * (i - j) + rank - source` positions apart,
+    and a window of W lets a query see keys less than W positions back.
+    """
+    if window is None:
+        return first_T
+    back = (window - 1 - rank + source) // degree
+    return jnp.maximum(first_T, jnp.arange(first_T.shape[0], dtype=jnp.int32) - back)
+
+
+def prefill(
+    weights: dict, pool: KVPool, meta: Meta, *, decoder: Decoder, degree: int
+) -> tuple[KVPool, Int32[Array, " rows"]]:
+    """Computes one rank's stripe of a prefill step; returns the pool and sampled tokens.
+
+    A row may be sampled on another rank than the one with the prompt's last token: the
+    hidden states of those tokens are scattered over the ranks, so that the output
+    projection is not done n times.
+    """
+    attend = RingAttention(degree=degree, meta=meta)
+    params = {"params": weights}
+    x_TxM, pool = decoder.apply(params, meta["token"], meta["position"], attend, pool)
+    index_A = meta["sample_index"]
+    x_AxM = jnp.where((index_A >= 0)[:, None], x_TxM[jnp.maximum(index_A, 0)], 0)
+    if degree > 1:
+        x_AxM = lax.psum_scatter(x_AxM, SP, scatter_dimension=0, tiled=True)
+    return pool, sample_rows(weights, x_AxM, meta, decoder)

@@ -1,0 +1,174 @@
+"""From a step and its slots to the int32 vectors that its program reads. Numpy only.
+
+Owns the correspondence between requests and rows, tokens and stripes. Ranks are places in
+the step's group; see `loongjax.programs.spec.meta_layout` for the fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int32
+
+from loongjax.executor.protocol import RequestInput
+from loongjax.kvcache.messages import DecodeSlots, PrefillSlots
+from loongjax.kvcache.tables import BlockTable
+from loongjax.plan import Chunk, DecodeStep, InstanceId, PrefillStep, RequestId
+from loongjax.programs.spec import ProgramSpec, meta_layout
+
+NO_TOKEN = -1
+
+
+class TokenLog:
+    """The known tokens of one request: its prompt, then what was generated."""
+
+    def __init__(self, request: RequestInput) -> None:
+        self.temperature_bits = int(np.float32(request.temperature).view(np.int32))
+        self.seed = request.seed
+        self._tokens = np.array(request.token_ids, np.int32)
+        self._length = len(self._tokens)
+
+    def append(self, token: int) -> None:
+        """Adds a generated token; amortised O(1)."""
+        if self._length == len(self._tokens):
+            self._tokens = np.concatenate([self._tokens, np.zeros_like(self._tokens)])
+        self._tokens[self._length] = token
+        self._length += 1
+
+    def __getitem__(self, part: slice) -> Int32[np.ndarray, " T"]:
+        return self._tokens[: self._length][part]
+
+    @property
+    def last(self) -> int:
+        """The newest token."""
+        return int(self._tokens[self._length - 1])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepInputs:
+    """What goes to the device, and where the answers will stand.
+
+    Attributes:
+      meta: int32 [n, size], one vector for each rank.
+      rows: The requests that get a token, with their places in the program's output.
+    """
+
+    meta: np.ndarray
+    rows: tuple[tuple[RequestId, int], ...]
+
+
+def stripe_tokens(length: int, degree: int) -> int:
+    """Local tokens that a chunk of `length` takes on every rank (padded to equal parts)."""
+    return -(-length // degree)
+
+
+def prefill_inputs(
+    spec: ProgramSpec,
+    step: PrefillStep,
+    slots: PrefillSlots,
+    logs: Mapping[RequestId, TokenLog],
+    trash: int,
+) -> StepInputs:
+    """Fills the vectors of a prefill step; `trash` is the slot for what is not kept."""
+    layout, degree = meta_layout(spec), spec.degree
+    meta = np.zeros((degree, layout.size), np.int32)
+    fields = [layout.views(vector) for vector in meta]
+    for field in fields:
+        field["first"][:] = np.arange(spec.bucket)
+        field["keep"][:] = trash
+        field["sample_index"][:] = NO_TOKEN
+    kept = _slots_by_token(step, slots, trash)
+    used, rows = 0, []
+    for chunk in step.chunks:
+        for rank, field in enumerate(fields):
+            _stripe(chunk, rank, degree, used, field, logs[chunk.request])
+            slot_t = kept.get((chunk.request, step.group[rank]))
+            if slot_t is not None:
+                for hop in range(degree):
+                    passing = slot_t[(rank - hop) % degree :: degree]
+                    field["keep"][hop, used : used + len(passing)] = passing
+        if chunk.last:
+            index, owner = divmod(chunk.length - 1, degree)
+            row, rank = divmod(len(rows), degree)
+            place = rank * spec.rows + row
+            fields[owner]["sample_index"][place] = used + index
+            _sampling(fields[rank], row, logs[chunk.request], chunk.start + chunk.length)
+            rows.append((chunk.request, place))
+        used += stripe_tokens(chunk.length, degree)
+    for field in fields:
+        field["used"][...] = used
+        field["rows_used"][...] = -(-len(rows) // degree)
+    return StepInputs(meta=meta, rows=tuple(rows))
+
+
+def _stripe(
+    chunk: Chunk, rank: int, degree: int, at: int, field: Mapping[str, np.ndarray], log: TokenLog
+) -> None:
+    """Puts one rank's stripe of a chunk at local index `at`."""
+    local = stripe_tokens(chunk.length, degree)
+    tokens = log[chunk.start + rank : chunk.start + chunk.length : degree]
+    field["token"][at : at + len(tokens)] = tokens
+    positions = chunk.start + rank + degree * np.arange(len(tokens))
+    field["position"][at : at + len(tokens)] = positions
+    field["first"][at : at + local] = at
+
+
+def _slots_by_token(
+    step: PrefillStep, slots: PrefillSlots, trash: int
+) -> dict[tuple[RequestId, InstanceId], np.ndarray]:
+    """For each request and instance that keeps some of its chunk: a slot for every token."""
+    chunks = {chunk.request: chunk for chunk in step.chunks}
+    found: dict[tuple[RequestId, InstanceId], np.ndarray] = {}
+    for share in slots.shares:
+        chunk = chunks[share.request]
+        slot_t = np.full(chunk.length, trash, np.int32)
+        slot, position, count = share.entries.T
+        within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+        slot_t[np.repeat(position - chunk.start, count) + within] = np.repeat(slot, count) + within
+        found[share.request, share.instance] = slot_t
+    return found
+
+
+def decode_inputs(
+    spec: ProgramSpec,
+    step: DecodeStep,
+    slots: DecodeSlots,
+    logs: Mapping[RequestId, TokenLog],
+    tables: Sequence[BlockTable],
+    trash: int,
+) -> StepInputs:
+    """Fills the vectors of a decode step; `tables[rank]` are the block tables of its group.
+
+    The tables know the new tokens' slots already. Their pending updates are not taken here.
+    """
+    layout, rank_of = meta_layout(spec), {inst: rank for rank, inst in enumerate(step.group)}
+    meta = np.zeros((spec.degree, layout.size), np.int32)
+    fields = [layout.views(vector) for vector in meta]
+    for field in fields:
+        field["write"][:] = trash
+        field["source"][:] = NO_TOKEN
+    filled = [0] * spec.degree
+    rows = []
+    for row, slot, position in zip(step.rows, slots.slots, slots.positions, strict=True):
+        master = rank_of[row.master]
+        local, log = filled[master], logs[row.request]
+        place = master * spec.rows + local
+        filled[master] += 1
+        fields[master]["token"][local] = log.last
+        _sampling(fields[master], local, log, position + 1)
+        fields[rank_of[row.home]]["write"][place] = slot
+        for field, table in zip(fields, tables, strict=True):
+            field["position"][place] = position
+            field["start"][place], field["entries"][place] = table.region(row.request)
+        rows.append((row.request, place))
+    for field in fields:
+        field["rows_used"][...] = max(filled)
+    return StepInputs(meta=meta, rows=tuple(rows))
+
+
+def _sampling(field: Mapping[str, np.ndarray], row: int, log: TokenLog, position: int) -> None:
+    field["temperature"][row] = log.temperature_bits
+    field["seed"][row] = log.seed
+    field["sample_position"][row] = position

@@ -1,0 +1,255 @@
+"""Runs steps on devices, through compiled programs and jax's asynchronous dispatch.
+
+`submit` launches and returns; a thread for each step in flight waits for its tokens.
+Programs on overlapping devices must be launched in one order everywhere, or they wait for
+each other forever: one lock in the process orders all launches, also those of other engines.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from loongjax.cluster.mesh import DeviceGrid
+from loongjax.executor.device_memory import DeviceMemory
+from loongjax.executor.inputs import (
+    StepInputs,
+    TokenLog,
+    decode_inputs,
+    prefill_inputs,
+    stripe_tokens,
+)
+from loongjax.executor.protocol import ExecutorLimits, RequestInput
+from loongjax.kvcache.messages import DecodeSlots, PrefillSlots, SlotPlan
+from loongjax.kvcache.tables import BlockTable
+from loongjax.models.placement import PlacedWeights
+from loongjax.plan import (
+    DecodeStep,
+    Group,
+    PrefillStep,
+    RequestId,
+    SampledToken,
+    Step,
+    StepResult,
+    Topology,
+)
+from loongjax.programs.buckets import chunk_bucket, row_bucket
+from loongjax.programs.build import META_SPEC, TOKEN_SPEC, ProgramShapes
+from loongjax.programs.library import ProgramLibrary
+from loongjax.programs.spec import ProgramSpec, meta_layout
+from loongjax.programs.store import ProgramStore
+from pallas_kernels.paged_attention import chunk_entries
+
+_log = logging.getLogger(__name__)
+_LAUNCH_ORDER = threading.Lock()
+
+
+class JaxExecutor:
+    """The executor of real devices; see `loongjax.executor.protocol.Executor`."""
+
+    def __init__(
+        self,
+        *,
+        weights: PlacedWeights,
+        shapes: ProgramShapes,
+        grid: DeviceGrid,
+        topology: Topology,
+        limits: ExecutorLimits,
+        store: ProgramStore | None,
+    ) -> None:
+        """`grid` are the devices that hold `weights`, `[instance][tp rank]`; `store` None
+        keeps compiled programs in memory only."""
+        self.topology = topology
+        self._limits = limits
+        self._shapes = shapes
+        self._rebindable = grid[0][0].platform != "tpu"
+        self.memory = DeviceMemory(weights, shapes, grid)
+        self.programs = ProgramLibrary(shapes, self.memory.meshes, store)
+        self._tables = [self._new_table() for _ in grid]
+        self._logs: dict[RequestId, TokenLog] = {}
+        self._no_tokens: dict[tuple[Group, int], jax.Array] = {}
+        self._groups: dict[int, Group] = {}
+        self._results: queue.SimpleQueue[StepResult | None] = queue.SimpleQueue()
+        self._waiters = ThreadPoolExecutor(len(grid), thread_name_prefix="loongjax-step")
+
+    @property
+    def limits(self) -> ExecutorLimits:
+        """What one step may hold."""
+        return self._limits
+
+    @property
+    def pool_slots(self) -> int:
+        """KV tokens that each instance holds."""
+        return self._shapes.slots
+
+    def now(self) -> float:
+        """Seconds on the machine's monotonic clock."""
+        return time.monotonic()
+
+    def admit(self, request: RequestInput) -> None:
+        """Makes a request's tokens known."""
+        self._logs[request.id] = TokenLog(request)
+
+    def submit(self, step: Step, slots: SlotPlan) -> None:
+        """Launches a step. Compiles its program first if nobody needed it before."""
+        started = self.now()
+        self._groups[step.seq] = step.group
+        try:
+            inputs, tokens = self._launch(step, slots)
+        except Exception as error:
+            _log.exception("step %d failed to start", step.seq)
+            self._results.put(self._failure(step, error, started))
+            return
+        self._waiters.submit(self._wait, step, inputs, tokens, started)
+
+    def poll(self, timeout: float) -> list[StepResult]:
+        """Finished steps; waits up to `timeout` seconds for the first."""
+        messages = []
+        try:
+            messages.append(self._results.get(block=timeout > 0, timeout=max(timeout, 0)))
+            while True:
+                messages.append(self._results.get_nowait())
+        except queue.Empty:
+            results = [message for message in messages if message is not None]
+        for result in results:
+            self._settle(result)
+        return results
+
+    def wake(self) -> None:
+        """Ends a waiting `poll`."""
+        self._results.put(None)
+
+    def drop_kv(self, request: RequestId) -> None:
+        """Forgets where a request's KV lies; its tokens are kept."""
+        for table in self._tables:
+            table.release(request)
+
+    def forget(self, request: RequestId) -> None:
+        """Forgets all of a request."""
+        self.drop_kv(request)
+        self._logs.pop(request, None)
+
+    def close(self) -> None:
+        """Waits for what runs, and gives device memory back."""
+        self._waiters.shutdown(wait=True)
+        self._no_tokens.clear()
+        self.programs.clear()
+        self.memory.release()
+
+    def spec_for(self, step: Step) -> ProgramSpec:
+        """The program that a step needs."""
+        degree, rows = len(step.group), self._limits.max_rows
+        if isinstance(step, PrefillStep):
+            kind = "prefill"
+            size = chunk_bucket(sum(stripe_tokens(c.length, degree) for c in step.chunks))
+        else:
+            kind = "decode"
+            size = rows = row_bucket(max(Counter(row.master for row in step.rows).values()))
+        placement = None if self._rebindable else step.group
+        return ProgramSpec(kind=kind, degree=degree, bucket=size, rows=rows, placement=placement)
+
+    # ---- a step's way to the devices and back ----------------------------------------
+
+    def _launch(self, step: Step, slots: SlotPlan) -> tuple[StepInputs, jax.Array]:
+        spec, group = self.spec_for(step), step.group
+        program = self.programs.get(spec, group)
+        weights = self.memory.weights_of(group)
+        trash = self._shapes.slots
+        match step, slots:
+            case PrefillStep(), PrefillSlots():
+                inputs = prefill_inputs(spec, step, slots, self._logs, trash)
+                previous: tuple[jax.Array, ...] = ()
+                for share in slots.shares:
+                    self._tables[share.instance].append(share.request, share.entries)
+            case DecodeStep(), DecodeSlots():
+                self._append_tokens(step, slots)
+                tables = [self._tables[instance] for instance in group]
+                inputs = decode_inputs(spec, step, slots, self._logs, tables, trash)
+                self._update_tables(spec, group, inputs)
+                previous = (self._zero_tokens(spec, group),)
+            case _:
+                raise TypeError(f"{type(step).__name__} with {type(slots).__name__}")
+        sharding = NamedSharding(self.memory.meshes[group], META_SPEC)
+        meta = jax.device_put(inputs.meta, sharding)
+        with _LAUNCH_ORDER:
+            pool, tokens = program(weights, self.memory.pool_of(group), meta, *previous)
+            self.memory.keep_pool(pool)
+        return inputs, tokens
+
+    def _append_tokens(self, step: DecodeStep, slots: DecodeSlots) -> None:
+        for row, slot, position in zip(step.rows, slots.slots, slots.positions, strict=True):
+            entry = np.array([[slot, position, 1]], np.int32)
+            self._tables[row.home].append(row.request, entry)
+
+    def _update_tables(self, spec: ProgramSpec, group: Group, inputs: StepInputs) -> None:
+        """Brings the devices' block tables up to date: a few entries go along with the
+        step, a table with many changes is sent whole."""
+        layout = meta_layout(spec)
+        spare_entry = self._shapes.table_entries - 1
+        for rank, instance in enumerate(group):
+            field = layout.views(inputs.meta[rank])["update"]
+            field[:, 0] = spare_entry
+            table = self._tables[instance]
+            batch = table.take_updates(len(field))
+            if batch is None:
+                continue
+            if batch.whole:
+                self.memory.replace_table(instance, self._whole_table(table))
+            else:
+                field[: len(batch.updates)] = batch.updates
+
+    def _whole_table(self, table: BlockTable) -> np.ndarray:
+        rows = np.zeros((self._shapes.table_entries, 3), np.int32)
+        rows[: table.capacity] = table.entries
+        return rows
+
+    def _zero_tokens(self, spec: ProgramSpec, group: Group) -> jax.Array:
+        key = (group, spec.rows)
+        if key not in self._no_tokens:
+            zeros = np.zeros(len(group) * spec.rows, np.int32)
+            sharding = NamedSharding(self.memory.meshes[group], TOKEN_SPEC)
+            self._no_tokens[key] = jax.device_put(zeros, sharding)
+        return self._no_tokens[key]
+
+    def _wait(self, step: Step, inputs: StepInputs, tokens: jax.Array, started: float) -> None:
+        """Runs in a thread of its own until the step's tokens are on the host."""
+        try:
+            found = np.asarray(tokens)
+            result = StepResult(
+                seq=step.seq,
+                tokens=tuple(SampledToken(name, int(found[at])) for name, at in inputs.rows),
+                started=started,
+                ended=self.now(),
+            )
+        except Exception as error:
+            _log.exception("step %d failed", step.seq)
+            result = self._failure(step, error, started)
+        self._results.put(result)
+
+    def _failure(self, step: Step, error: Exception, started: float) -> StepResult:
+        text = f"{type(error).__name__}: {error}"
+        return StepResult(seq=step.seq, error=text, started=started, ended=self.now())
+
+    def _settle(self, result: StepResult) -> None:
+        """Notes what a finished step changed; in the engine's thread."""
+        group = self._groups.pop(result.seq)
+        for request, token in result.tokens:
+            if request in self._logs:
+                self._logs[request].append(token)
+        if result.error is not None:
+            for instance in group:
+                self.memory.rebuild(instance)
+                self._tables[instance] = self._new_table()
+
+    def _new_table(self) -> BlockTable:
+        block_size = self._shapes.block_size
+        capacity = self._shapes.table_entries - chunk_entries(block_size)
+        return BlockTable(capacity=capacity, block_size=block_size)

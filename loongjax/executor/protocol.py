@@ -1,0 +1,85 @@
+"""The seam between the engine and whatever runs its steps.
+
+The JAX executor runs them on devices, the simulated one on a virtual clock; the engine
+does not know which it has. All calls come from the engine's one loop thread, save `now`
+and `wake`, which any thread may call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from loongjax.kvcache.messages import SlotPlan
+from loongjax.plan import RequestId, Step, StepResult
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RequestInput:
+    """What an executor needs to know of a request beyond the steps.
+
+    `seed` is always set here: the engine draws one when the user gave none.
+    """
+
+    id: RequestId
+    token_ids: tuple[int, ...]
+    temperature: float
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExecutorLimits:
+    """What one step may hold.
+
+    Attributes:
+      max_chunk_tokens: Prompt tokens for each rank of a prefill step.
+      max_rows: Rows for each rank of a decode step; also chunks in a prefill step.
+    """
+
+    max_chunk_tokens: int
+    max_rows: int
+
+
+@runtime_checkable
+class Executor(Protocol):
+    """Runs steps in the order of their `seq`."""
+
+    @property
+    def limits(self) -> ExecutorLimits:
+        """What one step may hold."""
+        ...
+
+    def now(self) -> float:
+        """The clock of everything that the engine records [s]."""
+        ...
+
+    def admit(self, request: RequestInput) -> None:
+        """Makes a request known, before any step names it."""
+        ...
+
+    def submit(self, step: Step, slots: SlotPlan) -> None:
+        """Launches a step; never blocks on a device. Failures come back from `poll`."""
+        ...
+
+    def poll(self, timeout: float) -> list[StepResult]:
+        """Results of finished steps, in the order they finished.
+
+        Waits at most `timeout` seconds for the first, less if `wake` is called.
+        """
+        ...
+
+    def wake(self) -> None:
+        """Ends the `poll` that waits, or the next one when none does; never blocks."""
+        ...
+
+    def drop_kv(self, request: RequestId) -> None:
+        """Forgets where a request's KV lies (it was preempted); its tokens are kept."""
+        ...
+
+    def forget(self, request: RequestId) -> None:
+        """Forgets a request altogether; it ended."""
+        ...
+
+    def close(self) -> None:
+        """Waits for what runs and gives devices and memory back."""
+        ...

@@ -1,0 +1,333 @@
+"""Slots of the KV pool: who holds which, and nothing else.
+
+Owns every slot of every instance. The scheduler counts tokens; only this module knows
+slots, and engine and simulator share it. Host code: imports no jax.
+
+Promises: a block belongs to exactly the requests that hold it, or is free; `apply` does
+all of a step or nothing, and costs O(blocks changed), never O(context); the same calls give
+the same slots. `check_integrity` proves the first.
+Not here: which instance a token goes to (the scheduler decides), and when a request's
+slots may be freed (the engine knows which steps are in flight).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, overload
+
+import numpy as np
+from jaxtyping import Int32
+
+from loongjax.errors import ConfigError, PlanError
+from loongjax.kvcache.blocks import Blocks
+from loongjax.kvcache.holding import Holding
+from loongjax.kvcache.integrity import check_books
+from loongjax.kvcache.messages import DecodeSlots, PrefillSlots, ShareSlots, SlotPlan
+from loongjax.plan import (
+    Chunk,
+    DecodeStep,
+    InstanceId,
+    Placement,
+    PrefillStep,
+    RequestId,
+    Share,
+    Step,
+)
+
+
+class _Piece(NamedTuple):
+    """One share of a chunk: `fill` tokens into the partly filled block, the rest into new."""
+
+    request: RequestId
+    instance: InstanceId
+    tokens: int
+    fill: int
+
+
+class BlockAllocator:
+    """The books of the whole pool. Not thread-safe.
+
+    Attributes:
+      instances: How many instances there are.
+      slots: Slots of each instance.
+      block_size: Tokens per block.
+      usable: Slots of each instance that lie in whole blocks; the rest is never used.
+    """
+
+    def __init__(self, *, instances: int, slots: int, block_size: int) -> None:
+        """An empty pool.
+
+        Raises:
+          ConfigError: No instance, an empty block, or an instance smaller than a block.
+        """
+        if instances < 1 or block_size < 1 or slots < block_size:
+            raise ConfigError(
+                f"a KV pool of {instances} instances with {slots} slots each in blocks of "
+                f"{block_size} holds nothing. All three must be at least 1, and slots at least "
+                f"the block size: give the pool more slots or choose smaller blocks."
+            )
+        self.instances = instances
+        self.slots = slots
+        self.block_size = block_size
+        self.usable = slots - slots % block_size
+        self._blocks = [Blocks(slots // block_size) for _ in range(instances)]
+        self._held: dict[RequestId, Holding] = {}
+
+    # ---- what changes the books ------------------------------------------------------
+
+    @overload
+    def apply(self, step: PrefillStep) -> PrefillSlots: ...
+
+    @overload
+    def apply(self, step: DecodeStep) -> DecodeSlots: ...
+
+    def apply(self, step: Step) -> SlotPlan:
+        """Gives a step's new tokens their slots.
+
+        A token goes into its request's newest block if that is partly filled, lies on the
+        right instance and is not shared; otherwise into a new block.
+
+        Raises:
+          PlanError: An instance has too few free blocks, or the step contradicts the books.
+            Nothing has changed then.
+        """
+        if isinstance(step, PrefillStep):
+            return self._prefill(step)
+        return self._decode(step)
+
+    def release(self, request: RequestId) -> None:
+        """Gives up all KV of a request. One without KV is no error. O(its blocks)."""
+        kv = self._held.pop(request, None)
+        if kv is None:
+            return
+        for instance, run in kv.runs.items():
+            self._blocks[instance].drop(run.entries[:, 0] // self.block_size)
+
+    def fork(self, src: RequestId, dst: RequestId) -> None:
+        """Lets `dst` hold the KV of `src` too, without a copy on the devices. O(its blocks).
+
+        While both hold the newest block, neither writes into it: their next tokens start
+        new blocks.
+
+        Raises:
+          PlanError: `src` has no KV, or `dst` has some.
+        """
+        kv = self._held.get(src)
+        if kv is None or dst in self._held:
+            raise PlanError(
+                f"cannot fork {src!r} ({self.computed(src)} KV tokens) into {dst!r} "
+                f"({self.computed(dst)} KV tokens): the first must have KV, the second none. "
+                f"Compute {src!r} first, and fork into a new request."
+            )
+        for instance, run in kv.runs.items():
+            self._blocks[instance].share(run.entries[:, 0] // self.block_size)
+        self._held[dst] = kv.copy()
+
+    # ---- what they say ---------------------------------------------------------------
+
+    def computed(self, request: RequestId) -> int:
+        """KV tokens of a request; 0 if it is unknown."""
+        kv = self._held.get(request)
+        return 0 if kv is None else kv.computed
+
+    def shares(self, request: RequestId) -> tuple[Share, ...]:
+        """KV tokens of a request by instance, ascending; no empty shares."""
+        kv = self._held.get(request)
+        if kv is None:
+            return ()
+        return tuple(Share(i, run.tokens) for i, run in sorted(kv.runs.items()))
+
+    def tail(self, request: RequestId) -> Share | None:
+        """Where the next token needs no new block, and for how many tokens that holds."""
+        kv = self._held.get(request)
+        room = self._room(kv)
+        return None if kv is None or room == 0 else Share(kv.last_instance, room)
+
+    def entries(self, request: RequestId, instance: InstanceId) -> Int32[np.ndarray, "N 3"]:
+        """A copy of `(slot, position, count)` of a request's blocks on an instance."""
+        kv = self._held.get(request)
+        if kv is None or instance not in kv.runs:
+            return np.empty((0, 3), np.int32)
+        return kv.runs[instance].entries.copy()
+
+    def free_slots(self, instance: InstanceId) -> int:
+        """Slots in blocks that nobody holds."""
+        return self._blocks[instance].free * self.block_size
+
+    def used_slots(self, instance: InstanceId) -> int:
+        """Slots in blocks that someone holds, filled or not."""
+        return self.usable - self.free_slots(instance)
+
+    def check_integrity(self) -> None:
+        """Proves the books. O(all blocks), for tests and idle moments.
+
+        Raises:
+          IntegrityError: With the sums that contradict each other.
+        """
+        check_books(self._blocks, self._held, self.block_size)
+
+    # ---- decode ----------------------------------------------------------------------
+
+    def _decode(self, step: DecodeStep) -> DecodeSlots:
+        held = self._held
+        wanted = [0] * self.instances
+        in_tail: list[bool] = []
+        for request, _, home in step.rows:
+            self._check_instance(step, request, home)
+            kv = held.get(request)
+            fits = kv is not None and kv.last_instance == home and self._room(kv) > 0
+            in_tail.append(fits)
+            if not fits:
+                wanted[home] += 1
+        if len({row.request for row in step.rows}) != len(step.rows):
+            raise _refusal(step, "names a request twice. Give each request one row")
+        self._check_free(step, wanted)
+        slots: list[int] = []
+        positions: list[int] = []
+        for (request, _, home), fits in zip(step.rows, in_tail, strict=True):
+            kv = held.get(request)
+            if kv is None:
+                kv = held[request] = Holding()
+            positions.append(kv.computed)
+            slots.append(self._add_token(kv, home, fits))
+        return DecodeSlots(seq=step.seq, slots=tuple(slots), positions=tuple(positions))
+
+    def _add_token(self, kv: Holding, home: InstanceId, in_tail: bool) -> int:
+        if in_tail:
+            slot = kv.next_slot
+            kv.runs[home].fill_last(1)
+        else:
+            slot = self._blocks[home].take_one() * self.block_size
+            kv.run_on(home).add_token(slot, kv.computed)
+            kv.last_instance = home
+        kv.next_slot = slot + 1
+        kv.computed += 1
+        return slot
+
+    # ---- prefill ---------------------------------------------------------------------
+
+    def _prefill(self, step: PrefillStep) -> PrefillSlots:
+        pieces = list(self._pieces(step))
+        wanted = [0] * self.instances
+        for piece in pieces:
+            wanted[piece.instance] += -(-(piece.tokens - piece.fill) // self.block_size)
+        self._check_free(step, wanted)
+        return PrefillSlots(seq=step.seq, shares=tuple(self._add_piece(p) for p in pieces))
+
+    def _pieces(self, step: PrefillStep) -> Iterator[_Piece]:
+        """The non-empty shares of a step, each chunk checked."""
+        if len({chunk.request for chunk in step.chunks}) != len(step.chunks):
+            raise _refusal(step, "names a request twice. Give each request one chunk")
+        if len(step.chunks) != len(step.keep):
+            raise _refusal(
+                step,
+                f"has {len(step.chunks)} chunks but {len(step.keep)} placements in `keep`. "
+                f"Give one placement for each chunk",
+            )
+        for chunk, placement in zip(step.chunks, step.keep, strict=True):
+            self._check_chunk(step, chunk, placement)
+            kv = self._held.get(chunk.request)
+            room = self._room(kv)
+            for instance, tokens in placement.shares:
+                if tokens > 0:
+                    at_tail = kv is not None and kv.last_instance == instance
+                    fill = min(room, tokens) if at_tail else 0
+                    yield _Piece(chunk.request, instance, tokens, fill)
+                    room = 0
+
+    def _add_piece(self, piece: _Piece) -> ShareSlots:
+        kv = self._held.get(piece.request)
+        if kv is None:
+            kv = self._held[piece.request] = Holding()
+        run, fill = kv.run_on(piece.instance), piece.fill
+        first = kv.next_slot
+        if fill:
+            run.fill_last(fill)
+            kv.next_slot += fill
+            kv.computed += fill
+        rest = piece.tokens - fill
+        new = self._new_entries(piece.instance, kv.computed, rest)
+        if rest:
+            run.extend(new, rest)
+            kv.next_slot = int(new[-1, 0] + new[-1, 2])
+            kv.last_instance = piece.instance
+        if fill:
+            filled = np.array([[first, kv.computed - fill, fill]], np.int32)
+            new = np.concatenate([filled, new])
+        kv.computed += rest
+        return ShareSlots(request=piece.request, instance=piece.instance, entries=new)
+
+    def _new_entries(
+        self, instance: InstanceId, position: int, tokens: int
+    ) -> Int32[np.ndarray, "N 3"]:
+        """Takes blocks for tokens from `position` on; all full but perhaps the last."""
+        wanted = -(-tokens // self.block_size)
+        entries = np.empty((wanted, 3), np.int32)
+        entries[:, 0] = self._blocks[instance].take(wanted) * self.block_size
+        entries[:, 1] = np.arange(position, position + tokens, self.block_size)
+        entries[:, 2] = self.block_size
+        if tokens:
+            entries[-1, 2] = tokens - (wanted - 1) * self.block_size
+        return entries
+
+    # ---- checks ----------------------------------------------------------------------
+
+    def _room(self, kv: Holding | None) -> int:
+        """Tokens that fit behind the newest one in its block; 0 while the block is shared."""
+        if kv is None:
+            return 0
+        room = -kv.next_slot % self.block_size
+        if room == 0:
+            return 0
+        block = kv.next_slot // self.block_size
+        return room if self._blocks[kv.last_instance].references[block] == 1 else 0
+
+    def _check_free(self, step: Step, wanted: list[int]) -> None:
+        for instance, (blocks, pool) in enumerate(zip(wanted, self._blocks, strict=True)):
+            if blocks > pool.free:
+                raise _refusal(
+                    step,
+                    f"wants {blocks * self.block_size} slots in new blocks on instance "
+                    f"{instance}, where {pool.free * self.block_size} of {self.usable} are free. "
+                    f"Keep fewer tokens there, or preempt a request with KV on it first",
+                )
+
+    def _check_instance(self, step: Step, request: RequestId, instance: InstanceId) -> None:
+        if not 0 <= instance < self.instances:
+            raise _refusal(
+                step,
+                f"puts KV of request {request!r} on instance {instance}, but instances are 0 "
+                f"to {self.instances - 1}. Choose one of those",
+            )
+
+    def _check_chunk(self, step: PrefillStep, chunk: Chunk, placement: Placement) -> None:
+        """The chunk follows the KV that there is, and its placement holds all of it once."""
+        name, shares = chunk.request, placement.shares
+        if placement.request != name:
+            raise _refusal(
+                step,
+                f"has the placement of request {placement.request!r} beside the chunk of "
+                f"{name!r}. Put both in one order",
+            )
+        if chunk.start != self.computed(name):
+            raise _refusal(
+                step,
+                f"starts a chunk of request {name!r} at token {chunk.start}, but its KV has "
+                f"{self.computed(name)} tokens. Start it there",
+            )
+        for instance, _ in shares:
+            self._check_instance(step, name, instance)
+        kept = sum(share.tokens for share in shares)
+        homes = len({share.instance for share in shares})
+        smallest = min((share.tokens for share in shares), default=0)
+        if kept != chunk.length or homes != len(shares) or smallest < 0:
+            raise _refusal(
+                step,
+                f"keeps {kept} of the {chunk.length} tokens of a chunk of request {name!r}, in "
+                f"shares {[tuple(share) for share in shares]}. Keep every token once, with one "
+                f"share for each instance",
+            )
+
+
+def _refusal(step: Step, text: str) -> PlanError:
+    return PlanError(f"step {step.seq} ({type(step).__name__}) {text}.")

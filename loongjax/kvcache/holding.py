@@ -1,0 +1,103 @@
+"""Where the KV of one request lies: its entries on every instance that has some.
+
+Plain records; `loongjax.kvcache.BlockAllocator` decides what stands in them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Int32
+
+_FIRST_ROOM = 4
+
+
+class Run:
+    """The entries of one request on one instance, in the order of their positions.
+
+    Each entry is a block of its own and begins where the block begins.
+
+    Attributes:
+      tokens: Sum of the entries' counts.
+    """
+
+    __slots__ = ("_buffer", "_length", "tokens")
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._length = 0
+        self._buffer = np.empty((_FIRST_ROOM, 3), np.int32)
+
+    @property
+    def entries(self) -> Int32[np.ndarray, "N 3"]:
+        """A view of `(slot, position, count)`, valid until the next change."""
+        return self._buffer[: self._length]
+
+    def fill_last(self, tokens: int) -> None:
+        """The last block takes more tokens."""
+        self._buffer[self._length - 1, 2] += tokens
+        self.tokens += tokens
+
+    def add_token(self, slot: int, position: int) -> None:
+        """A new block with one token."""
+        if self._length == len(self._buffer):
+            self._grow(1)
+        self._buffer[self._length] = (slot, position, 1)
+        self._length += 1
+        self.tokens += 1
+
+    def extend(self, entries: Int32[np.ndarray, "N 3"], tokens: int) -> None:
+        """New blocks; `tokens` is the sum of their counts."""
+        end = self._length + len(entries)
+        if end > len(self._buffer):
+            self._grow(len(entries))
+        self._buffer[self._length : end] = entries
+        self._length = end
+        self.tokens += tokens
+
+    def copy(self) -> Run:
+        """The same entries, to be changed apart."""
+        new = Run()
+        new.extend(self.entries, self.tokens)
+        return new
+
+    def _grow(self, wanted: int) -> None:
+        room = max(2 * len(self._buffer), self._length + wanted)
+        buffer = np.empty((room, 3), np.int32)
+        buffer[: self._length] = self.entries
+        self._buffer = buffer
+
+
+class Holding:
+    """All KV of one request.
+
+    Attributes:
+      computed: Tokens that have KV; also the position of the next one.
+      runs: Entries on each instance that has some.
+      last_instance: Where the newest token lies; -1 before the first.
+      next_slot: The slot behind the newest token. The newest block is partly filled
+        unless this is a multiple of the block size.
+    """
+
+    __slots__ = ("computed", "last_instance", "next_slot", "runs")
+
+    def __init__(self) -> None:
+        self.computed = 0
+        self.runs: dict[int, Run] = {}
+        self.last_instance = -1
+        self.next_slot = 0
+
+    def run_on(self, instance: int) -> Run:
+        """The run on an instance; an empty one is made if there is none."""
+        run = self.runs.get(instance)
+        if run is None:
+            run = self.runs[instance] = Run()
+        return run
+
+    def copy(self) -> Holding:
+        """The same KV under another name, to be changed apart. O(entries)."""
+        new = Holding()
+        new.computed = self.computed
+        new.runs = {instance: run.copy() for instance, run in self.runs.items()}
+        new.last_instance = self.last_instance
+        new.next_slot = self.next_slot
+        return new

@@ -1,0 +1,81 @@
+"""The KV pool's arrays on the devices: how they are shaped, stored and made.
+
+Each device holds three arrays: K and V `[L, S + 1, G / tp, D]`, whose last slot is the trash
+slot for tokens that are not kept, and the block table `[N, 3]` of its instance (see
+`pallas_kernels.paged_attention`). They are donated to every step and come back from it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int32, Shaped
+
+from loongjax.cluster.mesh import SP, TP
+
+
+class KVPool(NamedTuple):
+    """The pool of one device, or of a group when its leaves are global arrays.
+
+    Globally the slots of all instances lie behind each other on axis 1, tables on axis 0.
+    """
+
+    k: Shaped[Array, "L S1 G D"]
+    v: Shaped[Array, "L S1 G D"]
+    table: Int32[Array, "N 3"]
+
+
+POOL_SPECS = KVPool(
+    k=PartitionSpec(None, SP, TP, None),
+    v=PartitionSpec(None, SP, TP, None),
+    table=PartitionSpec(SP, None),
+)
+
+
+def stored_dtype(dtype: jnp.dtype, platform: str) -> jnp.dtype:
+    """The type that KV of `dtype` is stored as.
+
+    On CPU, bf16 is stored as uint16: XLA's CPU compiler would else convert the whole pool to
+    float32 and back around every scatter.
+    """
+    if platform == "cpu" and dtype == jnp.bfloat16:
+        return jnp.dtype(jnp.uint16)
+    return jnp.dtype(dtype)
+
+
+def to_stored(rows: Float[Array, "*rows"], pool: Shaped[Array, "..."]) -> Shaped[Array, "*rows"]:
+    """Numbers as the pool stores them."""
+    if pool.dtype == jnp.uint16:
+        return lax.bitcast_convert_type(rows, jnp.uint16)
+    return rows.astype(pool.dtype)
+
+
+def from_stored(rows: Shaped[Array, "*rows"]) -> Float[Array, "*rows"]:
+    """What the pool stores as numbers."""
+    if rows.dtype == jnp.uint16:
+        return lax.bitcast_convert_type(rows, jnp.bfloat16)
+    return rows
+
+
+def new_pool(
+    device: jax.Device,
+    *,
+    layers: int,
+    slots: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: jnp.dtype,
+    table_entries: int,
+) -> KVPool:
+    """An empty pool on one device; `kv_heads` are those of the device's tp rank."""
+    shape = (layers, slots + 1, kv_heads, head_dim)
+    with jax.default_device(device):
+        return KVPool(
+            k=jax.device_put(jnp.zeros(shape, dtype), device),
+            v=jax.device_put(jnp.zeros(shape, dtype), device),
+            table=jax.device_put(jnp.zeros((table_entries, 3), jnp.int32), device),
+        )

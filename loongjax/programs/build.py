@@ -1,0 +1,116 @@
+"""From a spec to a lowered program: shapes, shardings, and the `shard_map` around a body."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from loongjax.cluster.mesh import SP, TP
+from loongjax.esp.decode import decode
+from loongjax.esp.prefill import prefill
+from loongjax.kvcache.pool import POOL_SPECS, KVPool
+from loongjax.models.config import ModelConfig
+from loongjax.models.decoder import Decoder
+from loongjax.models.weights import LeafSpec, Tree, weight_leaves
+from loongjax.programs.spec import ProgramSpec, meta_layout
+
+META_SPEC = PartitionSpec(SP, None)
+TOKEN_SPEC = PartitionSpec(SP)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProgramShapes:
+    """Everything that all programs of an engine have in common.
+
+    Attributes:
+      config: The model.
+      tp: Devices of each instance.
+      dtype: Of weights and activations.
+      stored_dtype: Of KV in the pool.
+      stacked: Whether layers are stacked (see `loongjax.models.placement.stacks_layers`).
+      slots: KV slots of each instance, without the trash slot.
+      block_size: Tokens per block.
+      table_entries: Rows of each instance's block table.
+    """
+
+    config: ModelConfig
+    tp: int
+    dtype: np.dtype
+    stored_dtype: np.dtype
+    stacked: bool
+    slots: int
+    block_size: int
+    table_entries: int
+
+    def pool_shapes(self, degree: int) -> KVPool:
+        """Shapes of a group's pool, all its devices together."""
+        c = self.config
+        kv = (c.layers, degree * (self.slots + 1), c.kv_heads, c.head_dim)
+        return KVPool(
+            k=jax.ShapeDtypeStruct(kv, self.stored_dtype),
+            v=jax.ShapeDtypeStruct(kv, self.stored_dtype),
+            table=jax.ShapeDtypeStruct((degree * self.table_entries, 3), jnp.int32),
+        )
+
+
+def weight_partition(leaf: LeafSpec) -> PartitionSpec:
+    """How a weight lies on a group's mesh: replicated over sp, perhaps cut over tp."""
+    axes: list[str | None] = [None] * len(leaf.shape)
+    if leaf.tp_axis is not None:
+        axes[leaf.tp_axis] = TP
+    return PartitionSpec(*axes)
+
+
+def argument_shapes(spec: ProgramSpec, shapes: ProgramShapes, mesh: Mesh) -> tuple:
+    """The program's arguments, shapes and shardings only: weights, pool, meta and, for
+    decode, the tokens of the group's last decode step."""
+
+    def on_mesh(shape: jax.ShapeDtypeStruct, partition: PartitionSpec) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh, partition)
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+    leaves = weight_leaves(shapes.config, shapes.tp, stacked=shapes.stacked)
+    weights = jax.tree.map(
+        lambda leaf: on_mesh(
+            jax.ShapeDtypeStruct(leaf.shape, shapes.dtype), weight_partition(leaf)
+        ),
+        leaves,
+    )
+    pool = jax.tree.map(on_mesh, shapes.pool_shapes(spec.degree), POOL_SPECS)
+    size = meta_layout(spec).size
+    meta = on_mesh(jax.ShapeDtypeStruct((spec.degree, size), jnp.int32), META_SPEC)
+    if spec.kind == "prefill":
+        return weights, pool, meta
+    tokens = jax.ShapeDtypeStruct((spec.degree * spec.rows,), jnp.int32)
+    return weights, pool, meta, on_mesh(tokens, TOKEN_SPEC)
+
+
+def lower(spec: ProgramSpec, shapes: ProgramShapes, mesh: Mesh) -> jax.stages.Lowered:
+    """Traces and lowers one program; the pool is donated."""
+    arguments = argument_shapes(spec, shapes, mesh)
+    layout = meta_layout(spec)
+    decoder = Decoder(shapes.config, shapes.tp)
+    if spec.kind == "prefill":
+        body = partial(prefill, decoder=decoder, degree=spec.degree)
+    else:
+        body = partial(
+            decode, decoder=decoder, degree=spec.degree, block_size=shapes.block_size
+        )
+
+    def on_rank(weights: Tree, pool: KVPool, meta_1xM: jax.Array, *previous: jax.Array):
+        return body(weights, pool, layout.views(meta_1xM[0]), *previous)
+
+    in_specs = jax.tree.map(lambda argument: argument.sharding.spec, arguments)
+    program = jax.shard_map(
+        on_rank,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=(POOL_SPECS, TOKEN_SPEC),
+        check_vma=False,  # replication over tp is by construction, not inferred
+    )
+    return jax.jit(program, donate_argnums=1).lower(*arguments)

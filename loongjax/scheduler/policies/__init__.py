@@ -1,0 +1,1 @@
+"""Policies, each in a module of its own."""

@@ -1,0 +1,12 @@
+"""Text in, tokens out, and back: tokenizers, chat templates, incremental detokenizing.
+
+Owns everything between a user's string and a request's token ids. Pure host code:
+imports no jax and no torch.
+"""
+
+from loongjax.text.detokenizer import IncrementalDetokenizer
+from loongjax.text.files import TokenizerFiles
+from loongjax.text.load import load_tokenizer
+from loongjax.text.tokenizer import Tokenizer
+
+__all__ = ["IncrementalDetokenizer", "Tokenizer", "TokenizerFiles", "load_tokenizer"]

@@ -1,0 +1,23 @@
+"""Set-up shared by all tests: emulated devices, checked shapes, repeatable property tests."""
+
+from __future__ import annotations
+
+import os
+
+# Read when the jax backend starts, so they are set before anything imports jax.
+os.environ["NPROC"] = "64"
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from hypothesis import HealthCheck, settings
+from jaxtyping import install_import_hook
+
+install_import_hook(["loongjax", "pallas_kernels"], "beartype.beartype")
+
+settings.register_profile(
+    "repeatable",
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("repeatable")

@@ -1,0 +1,251 @@
+"""An executor that "generates" by a checksum, on a virtual clock, and distrusts the engine.
+
+It remembers which token of which request every slot of the pool holds, and refuses (by an
+AssertionError, which kills the engine and so fails the test) whatever a real device would
+answer with wrong tokens: a slot overwritten, KV missing or outside the group, a busy
+instance, a request dropped while a step works on it.
+"""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from loongjax.executor.protocol import ExecutorLimits, RequestInput
+from loongjax.kvcache.messages import PrefillSlots, SlotPlan
+from loongjax.plan import (
+    DecodeStep,
+    PrefillStep,
+    SampledToken,
+    Step,
+    StepResult,
+    step_requests,
+)
+
+VOCAB = 1000
+PATIENCE_S = 20.0
+
+
+def next_token(tokens: Sequence[int]) -> int:
+    """The "model": a function of all tokens and of how many they are."""
+    data = b"".join(token.to_bytes(4, "little") for token in tokens)
+    return zlib.crc32(data, len(tokens)) % VOCAB
+
+
+def answer(prompt: Sequence[int], count: int) -> tuple[int, ...]:
+    """The first `count` tokens that follow a prompt."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens))
+    return tuple(tokens[len(prompt) :])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flight:
+    """A step in flight: its virtual times."""
+
+    step: Step
+    started: float
+    ends: float
+
+
+def earliest(flights: Sequence[Flight]) -> int:
+    """Which step ends next when nothing else is asked for."""
+    return min(range(len(flights)), key=lambda i: (flights[i].ends, flights[i].step.seq))
+
+
+class FakeExecutor:
+    """See the module.
+
+    Attributes:
+      flights: Steps in flight, by launch.
+      submitted: Every step that was ever submitted.
+      inputs: Every request that was ever admitted, by id.
+      polls: How often `poll` was called.
+      closed: Whether `close` was called.
+    """
+
+    def __init__(
+        self,
+        *,
+        limits: ExecutorLimits | None = None,
+        duration: Callable[[Step], float] = lambda step: 1.0,
+        order: Callable[[Sequence[Flight]], int] = earliest,
+        fail: Callable[[Step], str | None] = lambda step: None,
+    ) -> None:
+        self._limits = limits or ExecutorLimits(max_chunk_tokens=64, max_rows=8)
+        self._duration = duration
+        self._order = order
+        self._fail = fail
+        self._changed = threading.Condition()
+        self._time = 0.0
+        self._held = False
+        self._woken = False
+        self._idle = False
+        self._tokens: dict[str, list[int]] = {}
+        self._kv: dict[str, dict[int, tuple[int, int]]] = {}
+        self._pool: dict[tuple[int, int], tuple[str, int]] = {}
+        self.flights: list[Flight] = []
+        self.submitted: list[Step] = []
+        self.inputs: dict[str, RequestInput] = {}
+        self.polls = 0
+        self.closed = False
+
+    # What tests use
+
+    def hold(self) -> None:
+        """No step ends until `release`."""
+        with self._changed:
+            self._held = True
+
+    def release(self) -> None:
+        """Lets steps end again."""
+        with self._changed:
+            self._held = False
+            self._changed.notify_all()
+
+    def advance(self, seconds: float) -> None:
+        """Moves the clock on."""
+        with self._changed:
+            self._time += seconds
+
+    def wait_for(self, condition: Callable[[FakeExecutor], object]) -> None:
+        """Waits until `condition(self)` holds; it is looked at whenever something changes."""
+        with self._changed:
+            met = self._changed.wait_for(lambda: condition(self), timeout=PATIENCE_S)
+        assert met, "the engine did not get there"
+
+    def wait_idle(self) -> None:
+        """Waits until the engine waits in `poll` and nothing can end by itself."""
+        self.wait_for(lambda executor: executor._idle and not executor._woken)
+
+    @property
+    def known(self) -> set[str]:
+        """Requests that were admitted and not forgotten."""
+        return set(self._tokens)
+
+    # The protocol
+
+    @property
+    def limits(self) -> ExecutorLimits:
+        return self._limits
+
+    def now(self) -> float:
+        return self._time
+
+    def admit(self, request: RequestInput) -> None:
+        assert request.id not in self._tokens
+        assert 0 <= request.seed < 2**31
+        with self._changed:
+            self.inputs[request.id] = request
+            self._tokens[request.id] = list(request.token_ids)
+            self._kv[request.id] = {}
+            self._changed.notify_all()
+
+    def submit(self, step: Step, slots: SlotPlan) -> None:
+        with self._changed:
+            self._check_launch(step)
+            self._write(step, slots)
+            self.flights.append(
+                Flight(step=step, started=self._time, ends=self._time + self._duration(step))
+            )
+            self.submitted.append(step)
+            self._changed.notify_all()
+
+    def poll(self, timeout: float) -> list[StepResult]:
+        with self._changed:
+            self.polls += 1
+            self._idle = True
+            self._changed.notify_all()
+            self._changed.wait_for(
+                lambda: self._woken or (self.flights and not self._held), timeout=timeout
+            )
+            self._idle = False
+            self._woken = False
+            if not self.flights or self._held:
+                return []
+            flight = self.flights.pop(self._order(self.flights))
+            self._time = max(self._time, flight.ends)
+            return [self._finish(flight)]
+
+    def wake(self) -> None:
+        with self._changed:
+            self._woken = True
+            self._changed.notify_all()
+
+    def drop_kv(self, request: str) -> None:
+        self._check_grounded(request)
+        self._kv[request] = {}
+
+    def forget(self, request: str) -> None:
+        self._check_grounded(request)
+        with self._changed:
+            del self._tokens[request], self._kv[request]
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        assert not self.closed
+        with self._changed:
+            self.closed = True
+            self._changed.notify_all()
+
+    # What it checks
+
+    def _check_launch(self, step: Step) -> None:
+        assert not self.submitted or step.seq > self.submitted[-1].seq
+        busy = {instance for flight in self.flights for instance in flight.step.group}
+        assert busy.isdisjoint(step.group), "two steps in flight on one instance"
+        for name in step_requests(step):
+            self._check_grounded(name)
+            homes = {instance for instance, _ in self._kv[name].values()}
+            assert homes <= set(step.group), "KV outside the group"
+
+    def _check_grounded(self, request: str) -> None:
+        for flight in self.flights:
+            assert request not in step_requests(flight.step), "a step works on it"
+
+    def _write(self, step: Step, slots: SlotPlan) -> None:
+        if isinstance(slots, PrefillSlots):
+            for share in slots.shares:
+                for slot, position, count in share.entries.tolist():
+                    for i in range(count):
+                        self._put(share.request, position + i, share.instance, slot + i)
+            return
+        assert isinstance(step, DecodeStep)
+        for row, slot, position in zip(step.rows, slots.slots, slots.positions, strict=True):
+            self._put(row.request, position, row.home, slot)
+
+    def _put(self, request: str, position: int, instance: int, slot: int) -> None:
+        assert position not in self._kv[request], "KV computed twice"
+        self._kv[request][position] = (instance, slot)
+        self._pool[instance, slot] = (request, position)
+
+    def _finish(self, flight: Flight) -> StepResult:
+        step = flight.step
+        times = {"started": flight.started, "ended": self._time}
+        if error := self._fail(step):
+            for place in [place for place in self._pool if place[0] in step.group]:
+                del self._pool[place]
+            return StepResult(seq=step.seq, error=error, **times)
+        tokens = []
+        for name, end in _ends(step, self._tokens):
+            known = self._tokens[name]
+            for position in range(end):
+                place = self._kv[name][position]
+                assert self._pool.get(place) == (name, position), "KV overwritten or lost"
+            if end == len(known):
+                tokens.append(SampledToken(name, next_token(known)))
+                known.append(tokens[-1].token)
+        return StepResult(seq=step.seq, tokens=tuple(tokens), **times)
+
+
+def _ends(step: Step, tokens: dict[str, list[int]]) -> list[tuple[str, int]]:
+    """Each request of a step, and up to which position it has KV afterwards."""
+    if isinstance(step, PrefillStep):
+        ends = [(chunk.request, chunk.start + chunk.length) for chunk in step.chunks]
+        for chunk, (name, end) in zip(step.chunks, ends, strict=True):
+            assert chunk.last == (end == len(tokens[name]))
+        return ends
+    return [(row.request, len(tokens[row.request])) for row in step.rows]

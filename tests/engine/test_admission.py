@@ -1,0 +1,71 @@
+"""Requests that cannot be served are refused in words that help."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from loongjax.engine import Admission, GenerationRequest
+from loongjax.errors import CapacityError, RequestError
+from loongjax.sampling.params import SamplingParams
+
+LIMITS = Admission(
+    vocab_size=100,
+    max_model_len=60,
+    block_size=4,
+    instance_slots=18,  # four whole blocks
+    degree=3,
+    max_chunk_tokens=15,
+)
+
+
+def check(prompt: list[int], max_tokens: int | None = 1, limits: Admission = LIMITS) -> int:
+    params = SamplingParams(max_tokens=max_tokens)
+    return limits.check(GenerationRequest(id="a", token_ids=tuple(prompt), params=params))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "message"),
+    [
+        ([], 1, "the prompt is empty"),
+        (
+            [1, 100],
+            1,
+            "token id 100 at position 1 of the prompt is outside the vocabulary [0, 100)",
+        ),
+        ([1, 2, -1], 1, "token id -1 at position 2"),
+        ([1] * 60, 1, "the prompt has 60 tokens; with max_model_len 60 at most 59"),
+        ([1] * 46, 1, "one prefill step takes at most 45 (15 for each of 3 instances)"),
+        ([1] * 45, 16, "prompt 45 + max_tokens 16 = 61 tokens exceed max_model_len 60"),
+    ],
+)
+def test_refusals_name_the_numbers(prompt: list[int], max_tokens: int, message: str) -> None:
+    with pytest.raises(RequestError, match=re.escape(message)):
+        check(prompt, max_tokens)
+
+
+def test_pool_is_counted_in_whole_blocks() -> None:
+    # 48 slots in whole blocks: a peak of 48 fits, one of 49 takes 52.
+    assert check([1] * 40, 9) == 9
+    with pytest.raises(
+        CapacityError,
+        match=re.escape(
+            "prompt 40 + max_tokens 10 need 52 KV slots (49 tokens in blocks of 4); the largest "
+            "group (3 instances of 18 slots) has 48"
+        ),
+    ):
+        check([1] * 40, 10)
+
+
+def test_longest_prompts_are_taken() -> None:
+    assert check([1] * 45) == 1
+    assert check([0, 99]) == 1
+
+
+def test_no_max_tokens_means_up_to_the_end_of_the_context() -> None:
+    assert check([1] * 20, None, Admission(**_fields() | {"instance_slots": 40})) == 40
+
+
+def _fields() -> dict[str, int]:
+    return {name: getattr(LIMITS, name) for name in LIMITS.__slots__}

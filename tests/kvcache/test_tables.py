@@ -1,0 +1,242 @@
+"""Block tables: the host's rows, and a device that only sees the updates."""
+
+from __future__ import annotations
+
+import unittest
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from loongjax.errors import IntegrityError
+from loongjax.kvcache import BlockAllocator, BlockTable, TableUpdates
+from loongjax.plan import Chunk, DecodeRow, DecodeStep, Placement, PrefillStep, Share
+
+BLOCKS = 24
+NAMES = st.sampled_from(["a", "b", "c", "d", "e", "f"])
+
+
+class TableMachine(RuleBasedStateMachine):
+    """Follows an allocator whose whole pool may fill up; both must name the same entries."""
+
+    block_size = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        slots = BLOCKS * self.block_size
+        self.allocator = BlockAllocator(instances=1, slots=slots, block_size=self.block_size)
+        self.table = BlockTable(
+            capacity=BlockTable.required_capacity(BLOCKS), block_size=self.block_size
+        )
+        self.device = np.full((self.table.capacity, 3), -1, np.int32)
+        self.names: set[str] = set()
+
+    @rule(name=NAMES, data=st.data())
+    def chunk(self, name: str, data: st.DataObject) -> None:
+        tail = self.allocator.tail(name)
+        most = self.allocator.free_slots(0) + (tail.tokens if tail else 0)
+        tokens = data.draw(st.integers(0, min(most, 9 * self.block_size)))
+        start = self.allocator.computed(name)
+        step = PrefillStep(
+            seq=0,
+            group=(0,),
+            chunks=(Chunk(request=name, start=start, length=tokens, last=True),),
+            keep=(Placement(request=name, shares=(Share(0, tokens),)),),
+        )
+        for share in self.allocator.apply(step).shares:
+            self.table.append(name, share.entries)
+            self.names.add(name)
+
+    @rule(name=NAMES, tokens=st.integers(1, 20))
+    def tokens(self, name: str, tokens: int) -> None:
+        step = DecodeStep(seq=0, group=(0,), rows=(DecodeRow(name, 0, 0),))
+        for _ in range(tokens):
+            if self.allocator.tail(name) is None and self.allocator.free_slots(0) == 0:
+                return
+            plan = self.allocator.apply(step)
+            entry = np.array([[plan.slots[0], plan.positions[0], 1]], np.int32)
+            self.table.append(name, entry)
+            self.names.add(name)
+
+    @rule(name=NAMES)
+    def release(self, name: str) -> None:
+        self.allocator.release(name)
+        self.table.release(name)
+        self.names.discard(name)
+
+    @rule(limit=st.integers(0, 12))
+    def device_catches_up(self, limit: int) -> None:
+        batch = self.table.take_updates(limit)
+        if batch is not None and batch.whole:
+            assert len(batch.updates) == 0
+            self.device[:] = self.table.entries
+        elif batch is not None:
+            rows = batch.updates[:, 0]
+            assert 1 <= len(rows) <= limit
+            assert (np.diff(rows) > 0).all()
+            self.device[rows] = batch.updates[:, 1:]
+        for name in self.names:
+            start, length = self.table.region(name)
+            live = slice(start, start + length)
+            np.testing.assert_array_equal(self.device[live], self.table.entries[live])
+        assert self.table.take_updates(limit) is None
+
+    @invariant()
+    def regions_hold_the_entries_of_the_allocator(self) -> None:
+        rows: list[int] = []
+        for name in self.names:
+            start, length = self.table.region(name)
+            rows += range(start, start + length)
+            np.testing.assert_array_equal(
+                self.table.entries[start : start + length], self.allocator.entries(name, 0)
+            )
+        assert len(set(rows)) == len(rows)
+
+
+def machine(size: int) -> type[unittest.TestCase]:
+    """The test of one block size."""
+    made: Any = type(f"BlockSize{size}", (TableMachine,), {"block_size": size})
+    made.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
+    case: type[unittest.TestCase] = made.TestCase
+    return case
+
+
+TestBlockSize1 = machine(1)
+TestBlockSize3 = machine(3)
+TestBlockSize16 = machine(16)
+
+
+def table(capacity: int = 64) -> BlockTable:
+    return BlockTable(capacity=capacity, block_size=4)
+
+
+def entries(*rows: tuple[int, int, int]) -> np.ndarray:
+    return np.array(rows, np.int32).reshape(-1, 3)
+
+
+def held(of: BlockTable, request: str) -> list[list[int]]:
+    start, length = of.region(request)
+    rows: list[list[int]] = of.entries[start : start + length].tolist()
+    return rows
+
+
+def taken(batch: TableUpdates | None) -> list[list[int]]:
+    assert batch is not None
+    assert not batch.whole
+    rows: list[list[int]] = batch.updates.tolist()
+    return rows
+
+
+def test_unknown_request_has_no_region() -> None:
+    books = table()
+    assert books.region("a") == (0, 0)
+    books.release("a")
+    books.append("a", entries())
+    assert books.region("a") == (0, 0)
+    assert books.take_updates(0) is None
+
+
+def test_token_that_continues_the_last_entry_is_merged() -> None:
+    books = table()
+    books.append("a", entries((8, 0, 1)))
+    books.append("a", entries((9, 1, 1)))
+    books.append("a", entries((10, 2, 2), (4, 4, 1)))
+    assert held(books, "a") == [[8, 0, 4], [4, 4, 1]]
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        pytest.param((12, 4, 1), id="next block"),
+        pytest.param((10, 5, 1), id="position not next"),
+        pytest.param((11, 4, 1), id="slot not next"),
+    ],
+)
+def test_token_that_does_not_continue_is_a_new_entry(entry: tuple[int, int, int]) -> None:
+    books = table()
+    last = (8, 0, 4) if entry[0] == 12 else (8, 2, 2)
+    books.append("a", entries(last))
+    books.append("a", entries(entry))
+    assert held(books, "a") == [list(last), list(entry)]
+
+
+def test_released_request_is_not_continued() -> None:
+    books = table()
+    books.append("a", entries((8, 0, 2)))
+    books.release("a")
+    books.append("a", entries((10, 2, 1)))
+    assert held(books, "a") == [[10, 2, 1]]
+
+
+def test_row_changed_twice_is_one_update() -> None:
+    books = table()
+    books.append("a", entries((8, 0, 1)))
+    books.append("a", entries((9, 1, 1)))
+    assert taken(books.take_updates(1)) == [[0, 8, 0, 2]]
+    assert books.take_updates(1) is None
+
+
+def test_rows_of_a_chunk_that_grew_since_count_once() -> None:
+    books = table()
+    books.append("a", entries((8, 0, 4), (4, 4, 2)))
+    books.append("a", entries((6, 6, 1)))
+    assert taken(books.take_updates(2)) == [[0, 8, 0, 4], [1, 4, 4, 3]]
+
+
+@pytest.mark.parametrize(("limit", "whole"), [(4, False), (3, True)])
+def test_whole_table_when_more_rows_changed_than_the_limit(limit: int, whole: bool) -> None:
+    books = table()
+    books.append("a", entries((8, 0, 4), (4, 4, 1)))
+    books.append("b", entries((16, 0, 4), (20, 4, 1)))
+    batch = books.take_updates(limit)
+    assert batch is not None
+    assert (batch.whole, batch.updates.shape) == (whole, (0 if whole else 4, 4))
+    assert books.take_updates(limit) is None
+
+
+def test_newest_region_grows_where_it_is() -> None:
+    books = table()
+    books.append("a", entries(*[(4 * i, 4 * i, 4) for i in range(3)]))
+    books.take_updates(8)
+    books.append("a", entries((12, 12, 4)))
+    assert taken(books.take_updates(8)) == [[3, 12, 12, 4]]
+
+
+def test_region_behind_which_another_stands_moves_and_its_rows_are_reused() -> None:
+    books = table()
+    books.append("a", entries((0, 0, 4)))
+    books.append("b", entries((4, 0, 4)))
+    books.append("a", entries((8, 4, 4), (16, 8, 4)))
+    assert books.region("a")[0] > books.region("b")[0]
+    assert held(books, "a") == [[0, 0, 4], [8, 4, 4], [16, 8, 4]]
+    books.append("c", entries((12, 0, 4)))
+    assert books.region("c") == (0, 1)
+
+
+def test_full_table_is_refused_and_unchanged() -> None:
+    books = table(capacity=7)
+    books.append("a", entries((0, 0, 2)))
+    books.append("b", entries((4, 0, 4)))
+    books.take_updates(8)
+    message = "table of 7 rows is full: 2 are reserved, and request 'a' with 1 entries wants 8"
+    with pytest.raises(IntegrityError, match=message):
+        books.append("a", entries((2, 2, 2), *[(4 * i, 4 * i - 4, 4) for i in range(2, 6)]))
+    assert (held(books, "a"), held(books, "b")) == ([[0, 0, 2]], [[4, 0, 4]])
+    assert books.take_updates(8) is None
+
+
+def test_required_capacity_is_enough_for_fragments() -> None:
+    """Many small regions, every second one freed, leave no run for one large region."""
+    blocks = 32
+    books = table(capacity=BlockTable.required_capacity(blocks))
+    for i in range(blocks):
+        books.append(f"r{i}", entries((4 * i, 0, 4)))
+    for i in range(0, blocks, 2):
+        books.release(f"r{i}")
+    books.append("large", entries(*[(8 * i, 4 * i, 4) for i in range(blocks // 2)]))
+    for i in range(1, blocks, 2):
+        assert held(books, f"r{i}") == [[4 * i, 0, 4]]
+    assert held(books, "large") == [[8 * i, 4 * i, 4] for i in range(blocks // 2)]
