@@ -145,8 +145,8 @@ class Snapshot:
       block_size: Tokens per block of the pool.
       max_chunk_tokens: Prompt tokens that one prefill step may hold for each rank.
       max_rows: Decoding requests that one rank may be master of in one step.
-      waiting: Requests with more than one token to compute, by arrival.
-      running: Requests that decode, by arrival.
+      waiting: Requests without KV, or with more than one token to compute, by arrival.
+      running: The others: those that decode, by arrival.
       instances: Every instance, by id.
       in_flight: Requests that a submitted, unfinished step works on.
       topology: The groups that exist.

@@ -62,7 +62,10 @@ def finish(carry: Carry) -> Partial:
     return Partial(o, lse)
 
 
-def merge(o_PxrowsxD: Float32[Array, "P *rows D"], lse_Pxrows: Float32[Array, "P *rows"]) -> Partial:
+def merge(
+    o_PxrowsxD: Float32[Array, "parts *rows D"],
+    lse_Pxrows: Float32[Array, "parts *rows"],
+) -> Partial:
     """Merges P partials over disjoint keys into one."""
     top = lse_Pxrows.max(0)
     base = jnp.where(top == -jnp.inf, 0.0, top)

@@ -43,15 +43,18 @@ def fold_stripe(
     """Folds a key stripe into the running softmax of a query stripe.
 
     H is a multiple of G; query heads h share KV head h // (H // G). `first_T` is the first
-    visible local key of each query, `used` how many of the T local tokens are in use: the
-    carry of the tiles beyond stays as it was. Scores and sums are float32. Work: 4*H*D
-    flops for each visible pair, rounded up to tiles.
+    visible local key of each query, `used` how many of the T local tokens are in use: keys
+    beyond are never used, even if they are NaN, and the carry of the tiles beyond stays as it
+    was. Scores and sums are float32. Work: 4*H*D flops for each visible pair, rounded up to
+    tiles.
     """
     heads, tokens, head_dim = q_HxTxD.shape
     kv_heads = k_GxTxD.shape[0]
     repeat = heads // kv_heads
     tile = tile_size(tokens)
     grouped = (kv_heads, repeat, tile)
+    in_use = jnp.arange(tokens, dtype=jnp.int32) < used
+    v_GxTxD = jnp.where(in_use[:, None], v_GxTxD, 0)  # weight 0 times NaN would be NaN
 
     def query_tile(i: Array, carry: Carry) -> Carry:
         at = i * tile

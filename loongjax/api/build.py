@@ -59,18 +59,21 @@ def build_engine(model: str, config: EngineConfig) -> BuiltEngine:
     executor = _create_executor(resolved, config)
     try:
         topology = executor.topology
+        allocator = BlockAllocator(
+            instances=config.cluster.instances,
+            slots=executor.pool_slots,
+            block_size=config.pool.block_size,
+        )
+        group_slots = max(topology.degrees) * allocator.usable
         engine = Engine(
             executor=executor,
             policy=FirstCome(),
-            allocator=BlockAllocator(
-                instances=config.cluster.instances,
-                slots=executor.pool_slots,
-                block_size=config.pool.block_size,
-            ),
+            allocator=allocator,
             topology=topology,
             vocab_size=resolved.config.vocab_size,
+            # An answer's last token has no KV.
             max_model_len=config.max_model_len
-            or _default_max_model_len(resolved.config, max(topology.degrees) * executor.pool_slots),
+            or min(resolved.config.max_positions, group_slots + 1),
             eos_ids={*resolved.config.eos_ids, *(tokenizer.eos_ids if tokenizer else ())},
         )
     except BaseException:
@@ -83,9 +86,9 @@ def _create_executor(resolved: ResolvedModel, config: EngineConfig) -> DeviceExe
     from loongjax.cluster.emulation import prepare_devices
 
     prepare_devices(config.cluster.devices)
-    from loongjax.executor.jax_executor import JaxExecutor
+    from loongjax.executor.create import create_executor
 
-    return JaxExecutor.create(config=resolved.config, source=resolved.source, engine_config=config)
+    return create_executor(resolved.config, resolved.source, config)
 
 
 def _check_max_model_len(config: EngineConfig, model: ModelConfig) -> None:
@@ -94,8 +97,3 @@ def _check_max_model_len(config: EngineConfig, model: ModelConfig) -> None:
             f"max_model_len {config.max_model_len} exceeds the {model.max_positions} positions "
             "that the model was made for; lower it"
         )
-
-
-def _default_max_model_len(model: ModelConfig, group_slots: int) -> int:
-    """What the model was made for, or what fits the pool (an answer's last token has no KV)."""
-    return min(model.max_positions, group_slots + 1)

@@ -70,9 +70,16 @@ class LLM:
 
         Args:
           model: `demo`, a folder, a `.gguf` file, or an id on the Hugging Face hub.
-          instances, tensor_parallel, degrees: See `loongjax.config.ClusterConfig`.
-          block_size, pool_slots: See `loongjax.config.PoolConfig`.
-          max_model_len, dtype, program_dir: See `loongjax.config.EngineConfig`.
+          instances: Elastic instances; each holds all weights and a share of the KV pool.
+          tensor_parallel: Devices per instance.
+          degrees: How many instances may work together; None: any number with a group.
+          block_size: KV tokens per block.
+          pool_slots: KV tokens per instance; None: what memory allows.
+          max_model_len: Tokens of prompt and answer together; None: as many as the model and
+            the pool allow.
+          dtype: `float32` or `bfloat16`; None: float32 on CPU, bfloat16 elsewhere.
+          program_dir: Folder of compiled programs; None: a folder of this user.
+            `loongjax.config` says what each of these costs.
 
         Raises:
           ConfigError, ModelError, BackendStartedError: See `loongjax.errors`.
@@ -239,7 +246,7 @@ class LLM:
             return RequestOutput(
                 prompt_token_ids=job.token_ids,
                 token_ids=(),
-                text=None,
+                text=None if self.tokenizer is None else "",
                 finish_reason="error",
                 error=job.error,
             )

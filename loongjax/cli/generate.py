@@ -98,6 +98,8 @@ def read_prompt(options: argparse.Namespace) -> str | list[int]:
         raise RequestError(f"{path} is not JSON: {error}") from error
     if not isinstance(ids, list) or not all(type(item) is int for item in ids):
         raise RequestError(f"{path} must hold a JSON list of whole numbers, such as [1, 2, 3]")
+    if not ids:
+        raise RequestError(f"the prompt in {path} is empty; give at least one token id")
     return ids
 
 
@@ -127,7 +129,7 @@ def describe(llm: LLM, output: RequestOutput) -> dict[str, Any]:
         "ttft_s": output.ttft_s,
         "decode_tokens_per_s": output.decode_tokens_per_s,
         "pool": {
-            "slots": stats.instances[0].slots,
+            "slots": llm.engine.pool_slots,
             "used_after": sum(instance.used for instance in stats.instances),
         },
     }

@@ -42,12 +42,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def show_log() -> None:
+    """Sends what loongjax logs to stderr, and of other libraries only warnings."""
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(name)s: %(message)s")
+    logging.getLogger("loongjax").setLevel(logging.INFO)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     options = build_parser().parse_args(arguments)
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s: %(message)s"
-    )
+    show_log()
     try:
         options.run(options)
     except UserError as error:

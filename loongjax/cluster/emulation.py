@@ -32,8 +32,8 @@ def prepare_devices(needed: int) -> None:
         if (jax.config.jax_num_cpu_devices or 0) < wanted:
             jax.config.update("jax_num_cpu_devices", wanted)
         elif not enough:
-            # Raises if the backend runs: then its pool was made without NPROC.
-            jax.config.update("jax_num_cpu_devices", jax.config.jax_num_cpu_devices)
+            # A change raises if the backend runs, and then its pool was made without NPROC.
+            jax.config.update("jax_num_cpu_devices", jax.config.jax_num_cpu_devices + 1)
     except RuntimeError as error:
         _check_started(needed, enough, error)
 

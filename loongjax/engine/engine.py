@@ -34,6 +34,7 @@ class Engine:
 
     Attributes:
       limits: What a request may ask for.
+      pool_slots: KV slots of each instance, as configured; whole blocks of them are used.
     """
 
     def __init__(
@@ -67,7 +68,8 @@ class Engine:
             degree=max(topology.degrees),
             max_chunk_tokens=limits.max_chunk_tokens,
         )
-        self._now = executor.now
+        self._executor = executor
+        self.pool_slots = allocator.slots
         self._front = Front(admission=self.limits, now=executor.now, wake=executor.wake)
         self._state = State(allocator=allocator, topology=topology, limits=limits)
         self._history = History()
@@ -91,7 +93,7 @@ class Engine:
 
     def now(self) -> float:
         """The clock of deadlines, timings and records [s]."""
-        return self._now()
+        return self._executor.now()
 
     def submit(
         self, request: GenerationRequest, *, on_event: OnEvent | None = None
@@ -119,7 +121,9 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """The engine as it was when it last planned, and its counters."""
-        return self._history.stats(self._state.published, alive=self.alive)
+        return self._history.stats(
+            self._state.published, self._executor.program_counts, alive=self.alive
+        )
 
     def steps(self) -> tuple[StepRecord, ...]:
         """The latest steps, in the order in which they ended (up to 100,000 are kept)."""

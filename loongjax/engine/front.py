@@ -31,7 +31,7 @@ class Submission:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Abort:
-    """A wish to end the request of this handle. (Its id may be another's by now.)"""
+    """A wish to end the request of this handle; its id may be another's by now."""
 
     handle: RequestHandle
 
@@ -118,7 +118,7 @@ class Front:
 
     def _abort(self, handle: RequestHandle) -> None:
         with self._lock:
-            if self._shut is None and self._live.get(handle.id) is handle:
+            if self._shut is None:
                 self._inbox.append(Abort(handle=handle))
                 self._wake()
 

@@ -6,6 +6,7 @@ handle knows nothing of scheduling.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 from collections.abc import Callable, Iterator
@@ -14,6 +15,10 @@ from typing import TypeAlias
 from loongjax.engine.messages import Event, FinishedEvent
 from loongjax.errors import RequestError
 from loongjax.plan import RequestId
+
+_INTERRUPT_S = 0.5
+"""How often a wait without limit looks up: a signal that comes just before Python blocks on
+a lock does not end the wait, so Ctrl-C would go unheard until the next event."""
 
 _log = logging.getLogger(__name__)
 
@@ -52,12 +57,7 @@ class RequestHandle:
                 f"events of request {self.id!r} go to its on_event callback; submit it "
                 "without on_event to take them from the handle"
             )
-        try:
-            event = self._events.get(timeout=timeout)
-        except queue.Empty:
-            raise TimeoutError(
-                f"request {self.id!r} had no event within {timeout} s; it goes on"
-            ) from None
+        event = self._wait() if timeout is None else self._wait_at_most(timeout)
         if isinstance(event, FinishedEvent):
             self._events.put(event)  # nobody who asks again, or in another thread, may hang
         return event
@@ -85,3 +85,16 @@ class RequestHandle:
                 _log.exception("on_event of request %r failed; the request is aborted", self.id)
                 self._muted = True
                 self.abort()
+
+    def _wait(self) -> Event:
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self._events.get(timeout=_INTERRUPT_S)
+
+    def _wait_at_most(self, timeout: float) -> Event:
+        try:
+            return self._events.get(timeout=timeout)
+        except queue.Empty:
+            raise TimeoutError(
+                f"request {self.id!r} had no event within {timeout} s; it goes on"
+            ) from None

@@ -19,6 +19,7 @@ from loongjax.engine.messages import (
 )
 from loongjax.plan import DecodeStep, PrefillStep, RequestId, Share, Snapshot, Step, StepResult
 from loongjax.plan import step_requests as requests_of
+from loongjax.programs.counts import ProgramCounts
 
 MAX_RECORDS = 100_000
 MAX_MENTIONS = 1_000_000
@@ -90,8 +91,8 @@ class History:
         with self._lock:
             return tuple(self._by_request.get(request, ()))
 
-    def stats(self, snapshot: Snapshot, *, alive: bool) -> EngineStats:
-        """The counters, together with what `snapshot` shows."""
+    def stats(self, snapshot: Snapshot, programs: ProgramCounts, *, alive: bool) -> EngineStats:
+        """The counters, together with what `snapshot` and the executor show."""
         with self._lock:
             return EngineStats(
                 alive=alive,
@@ -116,6 +117,7 @@ class History:
                 failed_steps=self._failed_steps,
                 recomputed_requests=self._recomputed,
                 finished=tuple(sorted(self._finished.items())),
+                programs=programs,
             )
 
     def _drop_oldest(self) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from loongjax.plan import Group, InstanceId, RequestId, Share
+from loongjax.programs.counts import ProgramCounts
 from loongjax.sampling.params import SamplingParams
 
 FinishReason: TypeAlias = Literal["length", "stop", "abort", "error"]
@@ -151,6 +152,7 @@ class EngineStats:
       failed_steps: Steps that ended with an error.
       recomputed_requests: How often a request lost its KV to a failed step and was requeued.
       finished: Ended requests as (reason, count), by reason.
+      programs: How the executor's programs came to be.
     """
 
     alive: bool
@@ -164,3 +166,4 @@ class EngineStats:
     failed_steps: int
     recomputed_requests: int
     finished: tuple[tuple[FinishReason, int], ...]
+    programs: ProgramCounts

@@ -129,7 +129,8 @@ class State:
         in_flight: list[RequestId] = []
         for request in self.open.values():
             view = request.view(self._allocator)
-            (waiting if view.uncomputed > 1 else running).append(view)
+            waits = view.uncomputed > 1 or not view.kv
+            (waiting if waits else running).append(view)
             if request.in_flight is not None:
                 in_flight.append(request.id)
         self._instances = tuple(map(self._instance, self._instances))

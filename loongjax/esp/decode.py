@@ -44,6 +44,7 @@ class PooledAttention:
         k_TxGxD: Float[Array, "R G D"],
         v_TxGxD: Float[Array, "R G D"],
     ) -> tuple[Float[Array, "R H D"], KVPool]:
+        """Stores the new tokens' KV at their homes, and attends all KV of their requests."""
         heads, kv_heads, head_dim = q_TxHxD.shape[1], k_TxGxD.shape[1], q_TxHxD.shape[2]
         scale = head_dim**-0.5
         new_AxXxD = jnp.concatenate([q_TxHxD, k_TxGxD, v_TxGxD], axis=1)
@@ -76,9 +77,7 @@ class PooledAttention:
         )
         o, lse = return_to_masters(local, self.degree)
         own = attend_to_self(q_TxHxD, k_TxGxD, v_TxGxD, scale)
-        merged = merge(
-            jnp.concatenate([o, own.o[None]]), jnp.concatenate([lse, own.lse[None]])
-        )
+        merged = merge(jnp.concatenate([o, own.o[None]]), jnp.concatenate([lse, own.lse[None]]))
         return merged.o.astype(q_TxHxD.dtype), pool
 
 

@@ -44,6 +44,7 @@ class RingAttention:
         k_TxGxD: Float[Array, "T G D"],
         v_TxGxD: Float[Array, "T G D"],
     ) -> tuple[Float[Array, "T H D"], KVPool]:
+        """Attends a stripe to all stripes of the step, and keeps what was asked for."""
         tokens, heads, head_dim = q_TxHxD.shape
         kv_heads = k_TxGxD.shape[1]
         rank = lax.axis_index(SP) if self.degree > 1 else jnp.int32(0)

@@ -27,9 +27,7 @@ _log = logging.getLogger(__name__)
 _MAX_ROWS = 32
 
 
-def create_executor(
-    model: ModelConfig, source: WeightSource, config: EngineConfig
-) -> JaxExecutor:
+def create_executor(model: ModelConfig, source: WeightSource, config: EngineConfig) -> JaxExecutor:
     """Places the weights and makes the pool.
 
     Raises ConfigError where devices, heads or memory do not fit what was asked for, and

@@ -33,7 +33,8 @@ class DeviceMemory:
 
     def rebuild(self, instance: InstanceId) -> None:
         """Replaces an instance's pool by an empty one: at the start, and after a failed
-        step, which took the old one with it."""
+        step, which took the old one with it.
+        """
         c, tp = self._shapes.config, self._shapes.tp
         for device in self._grid[instance]:
             self._pools[device] = new_pool(
@@ -78,9 +79,7 @@ class DeviceMemory:
     def replace_table(self, instance: InstanceId, table: object) -> None:
         """Sends an instance's whole block table, int32 [N, 3]."""
         for device in self._grid[instance]:
-            self._pools[device] = self._pools[device]._replace(
-                table=jax.device_put(table, device)
-            )
+            self._pools[device] = self._pools[device]._replace(table=jax.device_put(table, device))
 
     def pool_pointers(self) -> dict[int, tuple[int, int]]:
         """Addresses of K and V by device id; steps must not change them."""

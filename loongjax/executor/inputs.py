@@ -80,7 +80,8 @@ def prefill_inputs(
         field["keep"][:] = trash
         field["sample_index"][:] = NO_TOKEN
     kept = _slots_by_token(step, slots, trash)
-    used, rows = 0, []
+    used = 0
+    rows: list[tuple[RequestId, int]] = []
     for chunk in step.chunks:
         for rank, field in enumerate(fields):
             _stripe(chunk, rank, degree, used, field, logs[chunk.request])

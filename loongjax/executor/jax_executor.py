@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -43,6 +43,7 @@ from loongjax.plan import (
 )
 from loongjax.programs.buckets import chunk_bucket, row_bucket
 from loongjax.programs.build import META_SPEC, TOKEN_SPEC, ProgramShapes
+from loongjax.programs.counts import ProgramCounts
 from loongjax.programs.library import ProgramLibrary
 from loongjax.programs.spec import ProgramSpec, meta_layout
 from loongjax.programs.store import ProgramStore
@@ -50,6 +51,16 @@ from pallas_kernels.paged_attention import chunk_entries
 
 _log = logging.getLogger(__name__)
 _LAUNCH_ORDER = threading.Lock()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Launched:
+    """A step that runs: its tokens will stand in `tokens`."""
+
+    step: Step
+    inputs: StepInputs
+    tokens: jax.Array
+    started: float
 
 
 class JaxExecutor:
@@ -66,7 +77,8 @@ class JaxExecutor:
         store: ProgramStore | None,
     ) -> None:
         """`grid` are the devices that hold `weights`, `[instance][tp rank]`; `store` None
-        keeps compiled programs in memory only."""
+        keeps compiled programs in memory only.
+        """
         self.topology = topology
         self._limits = limits
         self._shapes = shapes
@@ -78,12 +90,24 @@ class JaxExecutor:
         self._no_tokens: dict[tuple[Group, int], jax.Array] = {}
         self._groups: dict[int, Group] = {}
         self._results: queue.SimpleQueue[StepResult | None] = queue.SimpleQueue()
-        self._waiters = ThreadPoolExecutor(len(grid), thread_name_prefix="loongjax-step")
+        # Not a ThreadPoolExecutor: Python stops those before exit handlers can close engines.
+        self._launched: queue.SimpleQueue[_Launched | None] = queue.SimpleQueue()
+        self._waiters = [
+            threading.Thread(target=self._wait, name=f"loongjax-step-{i}", daemon=True)
+            for i in range(len(grid))  # disjoint groups: no more steps than instances run
+        ]
+        for waiter in self._waiters:
+            waiter.start()
 
     @property
     def limits(self) -> ExecutorLimits:
         """What one step may hold."""
         return self._limits
+
+    @property
+    def program_counts(self) -> ProgramCounts:
+        """How its programs came to be."""
+        return self.programs.counts
 
     @property
     def pool_slots(self) -> int:
@@ -108,7 +132,7 @@ class JaxExecutor:
             _log.exception("step %d failed to start", step.seq)
             self._results.put(self._failure(step, error, started))
             return
-        self._waiters.submit(self._wait, step, inputs, tokens, started)
+        self._launched.put(_Launched(step=step, inputs=inputs, tokens=tokens, started=started))
 
     def poll(self, timeout: float) -> list[StepResult]:
         """Finished steps; waits up to `timeout` seconds for the first."""
@@ -139,22 +163,31 @@ class JaxExecutor:
 
     def close(self) -> None:
         """Waits for what runs, and gives device memory back."""
-        self._waiters.shutdown(wait=True)
+        for _ in self._waiters:
+            self._launched.put(None)
+        for waiter in self._waiters:
+            waiter.join()
         self._no_tokens.clear()
         self.programs.clear()
         self.memory.release()
 
     def spec_for(self, step: Step) -> ProgramSpec:
         """The program that a step needs."""
-        degree, rows = len(step.group), self._limits.max_rows
-        if isinstance(step, PrefillStep):
-            kind = "prefill"
-            size = chunk_bucket(sum(stripe_tokens(c.length, degree) for c in step.chunks))
-        else:
-            kind = "decode"
-            size = rows = row_bucket(max(Counter(row.master for row in step.rows).values()))
+        degree = len(step.group)
         placement = None if self._rebindable else step.group
-        return ProgramSpec(kind=kind, degree=degree, bucket=size, rows=rows, placement=placement)
+        if isinstance(step, PrefillStep):
+            local = sum(stripe_tokens(chunk.length, degree) for chunk in step.chunks)
+            return ProgramSpec(
+                kind="prefill",
+                degree=degree,
+                bucket=chunk_bucket(local),
+                rows=self._limits.max_rows,
+                placement=placement,
+            )
+        rows = row_bucket(max(Counter(row.master for row in step.rows).values()))
+        return ProgramSpec(
+            kind="decode", degree=degree, bucket=rows, rows=rows, placement=placement
+        )
 
     # ---- a step's way to the devices and back ----------------------------------------
 
@@ -191,7 +224,8 @@ class JaxExecutor:
 
     def _update_tables(self, spec: ProgramSpec, group: Group, inputs: StepInputs) -> None:
         """Brings the devices' block tables up to date: a few entries go along with the
-        step, a table with many changes is sent whole."""
+        step, a table with many changes is sent whole.
+        """
         layout = meta_layout(spec)
         spare_entry = self._shapes.table_entries - 1
         for rank, instance in enumerate(group):
@@ -219,20 +253,24 @@ class JaxExecutor:
             self._no_tokens[key] = jax.device_put(zeros, sharding)
         return self._no_tokens[key]
 
-    def _wait(self, step: Step, inputs: StepInputs, tokens: jax.Array, started: float) -> None:
-        """Runs in a thread of its own until the step's tokens are on the host."""
+    def _wait(self) -> None:
+        """In threads of its own: waits for the tokens of one launched step after another."""
+        while (launched := self._launched.get()) is not None:
+            self._results.put(self._result(launched))
+
+    def _result(self, launched: _Launched) -> StepResult:
+        step, started = launched.step, launched.started
         try:
-            found = np.asarray(tokens)
-            result = StepResult(
-                seq=step.seq,
-                tokens=tuple(SampledToken(name, int(found[at])) for name, at in inputs.rows),
-                started=started,
-                ended=self.now(),
-            )
+            found = np.asarray(launched.tokens)
         except Exception as error:
             _log.exception("step %d failed", step.seq)
-            result = self._failure(step, error, started)
-        self._results.put(result)
+            return self._failure(step, error, started)
+        return StepResult(
+            seq=step.seq,
+            tokens=tuple(SampledToken(name, int(found[at])) for name, at in launched.inputs.rows),
+            started=started,
+            ended=self.now(),
+        )
 
     def _failure(self, step: Step, error: Exception, started: float) -> StepResult:
         text = f"{type(error).__name__}: {error}"

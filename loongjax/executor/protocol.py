@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 
 from loongjax.kvcache.messages import SlotPlan
 from loongjax.plan import RequestId, Step, StepResult
+from loongjax.programs.counts import ProgramCounts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +48,11 @@ class Executor(Protocol):
     @property
     def limits(self) -> ExecutorLimits:
         """What one step may hold."""
+        ...
+
+    @property
+    def program_counts(self) -> ProgramCounts:
+        """How its programs came to be, so far. Any thread may ask."""
         ...
 
     def now(self) -> float:

@@ -201,7 +201,6 @@ class BlockTable:
     def _compact(self, request: RequestId, grown: _Region, size: int) -> None:
         """Puts all regions close together, and `grown` last with `size` rows."""
         others = [region for region in self._regions.values() if region is not grown]
-        others.sort(key=lambda region: region.start)
         start = sum(region.size for region in others)
         if start + size > self.capacity:
             raise IntegrityError(

@@ -13,6 +13,9 @@ stacked `[L, ...]` leaves, run under `lax.scan`; the result is the same. Which i
 depends on the platform: stacked leaves are copied by the CPU compiler, and a scan keeps
 programs small elsewhere.
 
+To add a part to the layers, declare its weights here with `self.param`, describe them in
+weights.py, and give `ModelConfig` a field that says which families have it.
+
 Activations have the dtype of the weights; norms, rotation and logits are float32.
 Letters: T tokens, R rows, M width, H query heads, G key and value heads, D head size,
 V vocabulary, L layers. H, G and weights are the share of one `tp` rank.
@@ -69,8 +72,9 @@ class Attend(Protocol):
           window: Keys that a query sees [tokens, its own included]. None: all of them.
             A Python value, save under a scan over layers whose windows differ: there it
             is traced, and `NO_WINDOW` stands for None.
-          q_TxHxD, k_TxGxD, v_TxGxD: Of the new tokens. q and k are rotated; q is not
-            yet scaled by D**-0.5.
+          q_TxHxD: Queries of the new tokens, rotated, not yet scaled by D**-0.5.
+          k_TxGxD: Their keys, rotated.
+          v_TxGxD: Their values.
         """
         ...
 
@@ -206,7 +210,7 @@ class Decoder(nn.Module):
         self, layers: Any, x_TxM: jax.Array, rotation: Rotation, attend: Attend, state: Any
     ) -> tuple[jax.Array, Any]:
         self._check_layers(len(layers))
-        module = DecoderLayer(self.config, self.tp, parent=None)
+        module = DecoderLayer(self.config, self.tp, parent=None)  # each call brings its weights
         for i, (weights, window) in enumerate(zip(layers, self.config.windows, strict=True)):
             x_TxM, state = module.apply(
                 {"params": weights}, x_TxM, rotation, attend, state, layer=i, window=window

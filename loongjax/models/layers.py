@@ -32,7 +32,7 @@ def linear(
     w_OxI: Float[Array, "O I"],
     out_dtype: DTypeLike | None = None,
 ) -> Float[Array, "T O"]:
-    """x @ w.T, summed in float32, in the dtype of x unless `out_dtype` says otherwise.
+    """Computes x @ w.T, summed in float32; in the dtype of x, unless told otherwise.
 
     float32 operands are multiplied in full float32: the defaults of TPU (bfloat16) and
     GPU (TF32) would be off by 1e-3.
@@ -50,7 +50,7 @@ def linear(
 def rms_norm(
     x: Float[Array, "*rows M"], scale_M: Float[Array, " M"], eps: float
 ) -> Float[Array, "*rows M"]:
-    """x / sqrt(mean(x**2) + eps) * scale over the last axis, computed in float32."""
+    """Computes x / sqrt(mean(x**2) + eps) * scale over the last axis, in float32."""
     x_f32 = x.astype(jnp.float32)
     variance = jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True)
     normed = x_f32 * lax.rsqrt(variance + eps) * scale_M.astype(jnp.float32)

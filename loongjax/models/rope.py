@@ -85,7 +85,7 @@ def rotate(
 
 
 def _wavelengths(base: float, head_dim: int) -> np.ndarray:
-    """base ** (2i / D), float32: positions per radian of each pair.
+    """Powers base ** (2i / D), float32: positions per radian of each pair.
 
     The power is taken in float64 and rounded once. numpy's own float32 power is off by one
     unit in the last place for 1 value in 6, which at position 1e6 turns by 0.06 rad.

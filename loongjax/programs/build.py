@@ -68,7 +68,8 @@ def weight_partition(leaf: LeafSpec) -> PartitionSpec:
 
 def argument_shapes(spec: ProgramSpec, shapes: ProgramShapes, mesh: Mesh) -> tuple:
     """The program's arguments, shapes and shardings only: weights, pool, meta and, for
-    decode, the tokens of the group's last decode step."""
+    decode, the tokens of the group's last decode step.
+    """
 
     def on_mesh(shape: jax.ShapeDtypeStruct, partition: PartitionSpec) -> jax.ShapeDtypeStruct:
         sharding = NamedSharding(mesh, partition)
@@ -98,11 +99,11 @@ def lower(spec: ProgramSpec, shapes: ProgramShapes, mesh: Mesh) -> jax.stages.Lo
     if spec.kind == "prefill":
         body = partial(prefill, decoder=decoder, degree=spec.degree)
     else:
-        body = partial(
-            decode, decoder=decoder, degree=spec.degree, block_size=shapes.block_size
-        )
+        body = partial(decode, decoder=decoder, degree=spec.degree, block_size=shapes.block_size)
 
-    def on_rank(weights: Tree, pool: KVPool, meta_1xM: jax.Array, *previous: jax.Array):
+    def on_rank(
+        weights: Tree, pool: KVPool, meta_1xM: jax.Array, *previous: jax.Array
+    ) -> tuple[KVPool, jax.Array]:
         return body(weights, pool, layout.views(meta_1xM[0]), *previous)
 
     in_specs = jax.tree.map(lambda argument: argument.sharding.spec, arguments)

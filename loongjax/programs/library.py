@@ -9,30 +9,21 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import replace
 
 import jax
 from jax.sharding import Mesh
 
 from loongjax.cluster.mesh import GroupMeshes
-from loongjax.kvcache.pool import KVPool
 from loongjax.plan import Group
 from loongjax.programs.build import ProgramShapes, argument_shapes, lower
+from loongjax.programs.counts import ProgramCounts
 from loongjax.programs.key import program_key
 from loongjax.programs.rebind import from_bytes, to_bytes
 from loongjax.programs.spec import ProgramSpec
 from loongjax.programs.store import ProgramStore, StoredProgram
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(kw_only=True, slots=True)
-class ProgramCounts:
-    """How programs came to be: `compiled` here, `loaded` from disk, `rebound` to a group."""
-
-    compiled: int = 0
-    loaded: int = 0
-    rebound: int = 0
 
 
 class ProgramLibrary:
@@ -66,17 +57,18 @@ class ProgramLibrary:
         mesh = self._meshes[group]
         stored = self._serialized.get(spec)
         if stored is not None:
-            self.counts.rebound += 1
+            self.counts = replace(self.counts, rebound=self.counts.rebound + 1)
             return self._bind(spec, stored, mesh)
         key = program_key(spec, self.shapes)
         stored = self._store.load(key) if self._store else None
         if stored is not None:
-            self.counts.loaded += 1
+            self.counts = replace(self.counts, loaded=self.counts.loaded + 1)
             self._serialized[spec] = stored
             return self._bind(spec, stored, mesh)
+        _log.info("compiling %s, once for all groups of its degree", spec.name)
         started = time.monotonic()
         program = lower(spec, self.shapes, mesh).compile()
-        self.counts.compiled += 1
+        self.counts = replace(self.counts, compiled=self.counts.compiled + 1)
         _log.info("compiled %s in %.1f s", spec.name, time.monotonic() - started)
         stored = StoredProgram(data=to_bytes(program), compiled_for=_ids(mesh))
         self._serialized[spec] = stored
@@ -91,7 +83,7 @@ class ProgramLibrary:
             compiled_for=stored.compiled_for,
             devices=list(mesh.devices.flat),
             in_tree=jax.tree.structure((arguments, {})),
-            out_tree=jax.tree.structure((KVPool(k=0, v=0, table=0), 0)),
+            out_tree=jax.tree.structure((self.shapes.pool_shapes(spec.degree), 0)),
         )
 
 

@@ -47,6 +47,7 @@ class _Rebinder(pickle.Unpickler):
                     num_replicas=1,
                     num_partitions=len(self._devices),
                     device_assignment=np.array([[device.id for device in self._devices]]),
+                    backend=self._devices[0].client,
                 )
                 return self._devices[0].client.deserialize_executable(
                     data, xla_client.DeviceList(self._devices), options

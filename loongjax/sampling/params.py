@@ -25,7 +25,7 @@ class SamplingParams:
       ignore_eos: Go on after the model's end tokens (`stop_token_ids` still end it).
     """
 
-    temperature: float = 1.0
+    temperature: float | int = 1.0
     seed: int | None = None
     max_tokens: int | None = None
     stop_token_ids: tuple[int, ...] = ()
@@ -34,6 +34,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature <= 100.0:  # refuses NaN too
             raise RequestError(f"temperature must be in [0, 100], not {self.temperature}")
+        object.__setattr__(self, "temperature", float(self.temperature))
         if self.seed is not None and not 0 <= self.seed < _SEED_LIMIT:
             raise RequestError(f"seed must be in [0, {_SEED_LIMIT}), not {self.seed}")
         if self.max_tokens is not None and self.max_tokens < 1:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from loongjax.plan import Plan, Snapshot
 
 
+@runtime_checkable
 class Policy(Protocol):
     """Decides what runs where.
 

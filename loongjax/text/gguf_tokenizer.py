@@ -27,8 +27,8 @@ from tokenizers import (
 )
 
 from loongjax.errors import ModelError
+from loongjax.models.gguf_file import read_gguf
 from loongjax.text.chat_template import ChatTemplate
-from loongjax.text.gguf_metadata import read_gguf_metadata
 from loongjax.text.native_vocabulary import NativeVocabulary
 from loongjax.text.tokenizer import Tokenizer
 
@@ -89,7 +89,7 @@ def load_gguf_tokenizer(path: Path) -> Tokenizer:
     Raises:
       ModelError: The file cannot be read, lacks a tokenizer, or has one of an unknown kind.
     """
-    return tokenizer_from_metadata(read_gguf_metadata(path), origin=str(path))
+    return tokenizer_from_metadata(read_gguf(path).metadata, origin=str(path))
 
 
 def tokenizer_from_metadata(metadata: Mapping[str, Any], *, origin: str) -> Tokenizer:

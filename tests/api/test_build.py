@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from loongjax.cluster.topology import EverySubset
 
 from loongjax.api import build
+from loongjax.cluster.topology import EverySubset
 from loongjax.config import ClusterConfig, EngineConfig, PoolConfig
 from loongjax.engine import GenerationRequest
 from loongjax.errors import ConfigError
@@ -24,7 +24,7 @@ class FakeDevices(FakeExecutor):
 
     def __init__(self, config: EngineConfig) -> None:
         super().__init__()
-        self.pool_slots = config.pool.slots or 1000
+        self.pool_slots = config.pool.slots or 5000
         self.topology = EverySubset(config.cluster.instances)
 
 
@@ -42,12 +42,14 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[FakeDevices]:
 
 
 def test_limits_come_from_model_config_and_executor(made: list[FakeDevices]) -> None:
-    config = EngineConfig(cluster=ClusterConfig(instances=3), pool=PoolConfig(block_size=8))
+    config = EngineConfig(
+        cluster=ClusterConfig(instances=3), pool=PoolConfig(block_size=8, slots=1005)
+    )
     built = build.build_engine(MODEL, config)
     with built.engine as engine:
         assert engine.limits.vocab_size == built.model.vocab_size
         assert engine.limits.max_model_len == 3001  # a token more than the pool holds
-        assert (engine.limits.block_size, engine.limits.instance_slots) == (8, 1000)
+        assert (engine.limits.block_size, engine.limits.instance_slots) == (8, 1005)
         assert engine.limits.degree == 3
         assert built.tokenizer is not None
     assert made[0].closed

@@ -129,7 +129,7 @@ def test_bad_prompts_of_a_batch_do_not_cost_the_others_answers() -> None:
         ):
             assert output.error is not None
             assert words in output.error
-            assert output.token_ids == ()
+            assert (output.token_ids, output.text) == ((), "")
 
 
 def test_bad_prompt_given_alone_raises() -> None:

@@ -23,6 +23,7 @@ from loongjax.plan import (
     StepResult,
     step_requests,
 )
+from loongjax.programs.counts import ProgramCounts
 
 VOCAB = 1000
 PATIENCE_S = 20.0
@@ -131,6 +132,10 @@ class FakeExecutor:
     @property
     def limits(self) -> ExecutorLimits:
         return self._limits
+
+    @property
+    def program_counts(self) -> ProgramCounts:
+        return ProgramCounts(compiled=3)
 
     def now(self) -> float:
         return self._time

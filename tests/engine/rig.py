@@ -8,12 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from loongjax.cluster.topology import EverySubset
-from loongjax.scheduler.policies.first_come import FirstCome
-
 from loongjax.engine import Engine, Event, FinishedEvent, GenerationRequest, RequestHandle
 from loongjax.kvcache import BlockAllocator
 from loongjax.plan import Plan, Snapshot
 from loongjax.sampling.params import SamplingParams
+from loongjax.scheduler.policies.first_come import FirstCome
 from tests.engine.fake_executor import PATIENCE_S, VOCAB, FakeExecutor
 
 MODEL_LEN = 200
@@ -78,7 +77,9 @@ def rig(
         executor.release()
         engine.close()
     assert executor.closed
-    assert not set(threading.enumerate()) - before
+    for thread in set(threading.enumerate()) - before:
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
     if survived:
         assert parts.used == 0
         allocator.check_integrity()

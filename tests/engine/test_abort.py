@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 
-from loongjax.engine import Event, TokensEvent
+from loongjax.engine import Event, FinishedEvent, RequestHandle, TokensEvent
 from loongjax.plan import Plan, Snapshot
-from tests.engine.fake_executor import PATIENCE_S, answer
+from tests.engine.fake_executor import PATIENCE_S, FakeExecutor, answer
 from tests.engine.rig import Rig, Wrapped, collect, rig
 
 PROMPT = (1, 2, 3, 4, 5)
@@ -120,6 +120,27 @@ def test_after_its_end_it_does_nothing() -> None:
         it.executor.wait_for(lambda executor: executor.flights)
         it.executor.release()
         assert collect(second)[0] == answer(PROMPT, 4)
+        settle(it)
+
+
+def test_late_one_does_not_hit_the_next_request_of_that_id() -> None:
+    class Late(FakeExecutor):
+        """Lets the first request's abort come just before its id is free."""
+
+        def forget(self, request: str) -> None:
+            if len(handles) == 1:
+                handles[0].abort()
+            super().forget(request)
+
+    def again(event: Event) -> None:
+        if isinstance(event, FinishedEvent):
+            handles.append(it.submit("a", PROMPT))
+
+    handles: list[RequestHandle] = []
+    with rig(executor=Late()) as it:
+        handles.append(it.submit("a", PROMPT, again))
+        it.executor.wait_for(lambda executor: len(handles) == 2)
+        assert collect(handles[1])[0] == answer(PROMPT, 4)
         settle(it)
 
 

@@ -147,6 +147,7 @@ def test_stats_count_what_happened() -> None:
         assert (stats.prompt_tokens, stats.generated_tokens) == (10, 8)
         assert (stats.preemptions, stats.failed_steps, stats.recomputed_requests) == (0, 0, 0)
         assert stats.finished == (("length", 2),)
+        assert stats.programs.compiled == 3
 
 
 def test_stats_show_what_is_held() -> None:
@@ -170,6 +171,19 @@ def test_idle_engine_does_nothing() -> None:
         it.executor.wait_idle()
         # Each poll gave a step or was woken: by the start, the submission, or nothing else.
         assert it.executor.polls <= 3 + 3
+
+
+def test_nothing_new_is_not_planned_for() -> None:
+    policy = Wrapped(first=lambda snapshot: None)
+    with rig(policy=policy) as it:
+        it.executor.hold()
+        it.submit("a")
+        it.executor.wait_for(lambda executor: executor.flights)
+        it.executor.wait_idle()
+        polls, plans = it.executor.polls, len(policy.seen)
+        it.executor.wake()
+        it.executor.wait_for(lambda executor: executor.polls > polls)
+        assert len(policy.seen) == plans
 
 
 def test_callback_gets_the_events() -> None:

@@ -13,6 +13,7 @@ from loongjax.executor.protocol import RequestInput
 from loongjax.kvcache.messages import SlotPlan
 from loongjax.plan import (
     Chunk,
+    DecodeRow,
     DecodeStep,
     Placement,
     Plan,
@@ -49,14 +50,15 @@ def test_request_of_a_failed_step_is_computed_anew(seq: int) -> None:
 def test_neighbours_with_kv_on_the_failed_group_are_computed_anew() -> None:
     def first(snapshot: Snapshot) -> Plan | None:
         """Prefills b, alone and once, when a has two tokens."""
-        ready = snapshot.running and snapshot.running[0].generated == 2 and not snapshot.in_flight
-        if failing_seqs or not ready:
+        if failing_seqs or not snapshot.running or snapshot.in_flight:
             return None
+        seq = snapshot.next_seq
+        if snapshot.running[0].generated < 2:
+            return Plan(steps=(DecodeStep(seq=seq, group=(0,), rows=(DecodeRow("a", 0, 0),)),))
         chunk = Chunk(request="b", start=0, length=5, last=True)
         keep = Placement(request="b", shares=(Share(0, 5),))
-        step = PrefillStep(seq=snapshot.next_seq, group=(0,), chunks=(chunk,), keep=(keep,))
-        failing_seqs.add(step.seq)
-        return Plan(steps=(step,))
+        failing_seqs.add(seq)
+        return Plan(steps=(PrefillStep(seq=seq, group=(0,), chunks=(chunk,), keep=(keep,)),))
 
     failing_seqs: set[int] = set()
     executor = FakeExecutor(fail=lambda step: "no power" if step.seq in failing_seqs else None)

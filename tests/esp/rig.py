@@ -136,9 +136,7 @@ class Rig:
 
 def logits_of(result: StepResult) -> dict[str, float]:
     """What the probe returned, by request."""
-    return {
-        name: float(np.int32(bits).view(np.float32)) for name, bits in result.tokens
-    }
+    return {name: float(np.int32(bits).view(np.float32)) for name, bits in result.tokens}
 
 
 @lru_cache(maxsize=8)

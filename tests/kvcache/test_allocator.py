@@ -352,11 +352,12 @@ def test_freed_blocks_are_taken_again_ascending_and_an_empty_pool_starts_over() 
     allocator = pool(instances=1, blocks=6, block_size=1)
     allocator.apply(prefill(("a", 0, [(0, 2)]), ("b", 0, [(0, 2)]), ("c", 0, [(0, 1)])))
     allocator.release("b")
+    assert allocator.apply(decode(("c", 0))).slots == (2,)
     allocator.release("a")
-    plan = allocator.apply(prefill(("d", 0, [(0, 5)])))
-    assert plan.shares[0].entries[:, 0].tolist() == [0, 1, 2, 3, 5]
-    allocator.release("c")
+    plan = allocator.apply(prefill(("d", 0, [(0, 4)])))
+    assert plan.shares[0].entries[:, 0].tolist() == [0, 1, 3, 5]
     allocator.release("d")
+    allocator.release("c")
     assert allocator.apply(decode(("e", 0))).slots == (0,)
 
 

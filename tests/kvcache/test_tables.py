@@ -28,9 +28,8 @@ class TableMachine(RuleBasedStateMachine):
         super().__init__()
         slots = BLOCKS * self.block_size
         self.allocator = BlockAllocator(instances=1, slots=slots, block_size=self.block_size)
-        self.table = BlockTable(
-            capacity=BlockTable.required_capacity(BLOCKS), block_size=self.block_size
-        )
+        # Less than `required_capacity`, and still enough: compaction happens more often.
+        self.table = BlockTable(capacity=2 * BLOCKS, block_size=self.block_size)
         self.device = np.full((self.table.capacity, 3), -1, np.int32)
         self.names: set[str] = set()
 
@@ -214,6 +213,46 @@ def test_region_behind_which_another_stands_moves_and_its_rows_are_reused() -> N
     assert held(books, "a") == [[0, 0, 4], [8, 4, 4], [16, 8, 4]]
     books.append("c", entries((12, 0, 4)))
     assert books.region("c") == (0, 1)
+
+
+def test_rows_of_the_newest_region_are_used_again() -> None:
+    books = table()
+    for name in "abc":
+        books.append(name, entries((0, 0, 4)))
+    third = books.region("c")
+    books.release("c")
+    books.append("d", entries((4, 0, 4)))
+    assert books.region("d") == third
+
+
+def test_empty_table_starts_over() -> None:
+    books = table()
+    for name in "ab":
+        books.append(name, entries((0, 0, 4)))
+    for name in "ab":
+        books.release(name)
+    for slot, name in enumerate("cd"):
+        books.append(name, entries((4 * slot, 0, 4)))
+    assert (held(books, "c"), held(books, "d")) == ([[0, 0, 4]], [[4, 0, 4]])
+
+
+def test_compaction_moves_the_grown_region_behind_the_others() -> None:
+    books = table(capacity=10)
+    for slot, name in enumerate("abcd"):
+        books.append(name, entries((4 * slot, 0, 4)))
+    books.release("c")
+    books.take_updates(8)
+    books.append("a", entries((16, 4, 4), (20, 8, 4)))
+    assert books.region("a") == (4, 3)
+    books.append("e", entries((24, 0, 4)))
+    assert [held(books, name) for name in "abde"] == [
+        [[0, 0, 4], [16, 4, 4], [20, 8, 4]],
+        [[4, 0, 4]],
+        [[12, 0, 4]],
+        [[24, 0, 4]],
+    ]
+    # b, d and a moved; a grew; e is new.
+    assert [row for row, *_ in taken(books.take_updates(8))] == [0, 2, 4, 5, 6, 8]
 
 
 def test_full_table_is_refused_and_unchanged() -> None:

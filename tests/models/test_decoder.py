@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from loongjax.errors import ConfigError, ModelError
 from loongjax.models.config import ModelConfig
@@ -107,22 +108,16 @@ def run_tp(config: ModelConfig, tokens, state, *, layout, check_vma=True):
     weights = tree(config, state, tp=2)
     weights = stacked(weights) if layout == "stacked" else weights
     specs = jax.tree.map(
-        lambda leaf: PartitionSpec(*("tp" if axis == leaf.tp_axis else None for axis in range(3))),
+        lambda leaf: P() if leaf.tp_axis is None else P(*[None] * leaf.tp_axis, "tp"),
         weight_leaves(config, 2, stacked=layout == "stacked"),
         is_leaf=lambda leaf: isinstance(leaf, LeafSpec),
-    )
-    specs = jax.tree.map(
-        lambda spec, w: PartitionSpec(*spec[: w.ndim]),
-        specs,
-        weights,
-        is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
     )
     mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 2), ("sp", "tp"))
     program = jax.shard_map(
         lambda w, t: run(config, w, t, tp=2),
         mesh=mesh,
-        in_specs=(specs, PartitionSpec()),
-        out_specs=(PartitionSpec(), PartitionSpec()),
+        in_specs=(specs, P()),
+        out_specs=(P(), P()),
         check_vma=check_vma,
     )
     return jax.jit(program)(weights, tokens)

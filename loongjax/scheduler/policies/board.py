@@ -7,8 +7,8 @@ Counts memory in blocks, as the allocator does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Set
+from functools import cached_property
 
 from loongjax.plan import Group, InstanceId, RequestId, RequestView, Snapshot
 
@@ -28,7 +28,9 @@ class Board:
       drained: Instances kept for the first prompt in line; decodes that prompts have put off
         already may still use them.
       soon: Instances that a decode step works on; they will be idle in a moment.
+      late: Instances that a prefill step works on.
       free: Free blocks by instance.
+      roomy: Instances that have any.
       running: Requests that decode and that no step works on, in line.
       preempted: Requests whose KV this plan drops.
       stuck: Running requests that have no room, and will have none before others end.
@@ -39,24 +41,34 @@ class Board:
         self.snapshot = snapshot
         self.idle = {view.id for view in views if view.busy_seq is None}
         self.drained: set[InstanceId] = set()
-        self.soon = {
-            view.id
-            for view in views
-            if view.busy_seq is not None and view.busy_seq != view.prefill_seq
-        }
+        busy = [view for view in views if view.busy_seq is not None]
+        self.soon = {view.id for view in busy if view.busy_seq != view.prefill_seq}
+        self.late = {view.id for view in busy if view.busy_seq == view.prefill_seq}
         self.free = {view.id: view.free_slots // snapshot.block_size for view in views}
+        self.roomy = {instance for instance, blocks in self.free.items() if blocks}
         self.running = sorted(
             (view for view in snapshot.running if view.id not in snapshot.in_flight), key=line_key
         )
         self.preempted: list[RequestId] = []
         self.stuck: set[RequestId] = set()
         self._headroom = headroom
-        self._holders = {view.id: view for view in snapshot.running if view.kv}
         self._capacity = {view.id: view.slots // snapshot.block_size for view in views}
         self._prefill_seq = {
             view.id: view.prefill_seq for view in views if view.prefill_seq is not None
         }
         self._reach: dict[frozenset[InstanceId], frozenset[InstanceId]] = {}
+        self._spare: dict[frozenset[InstanceId], int] = {}
+
+    @cached_property
+    def _grants(self) -> dict[RequestId, tuple[frozenset[InstanceId], int]]:
+        """For everyone with KV that decodes: its homes, and the blocks granted in advance."""
+        holders = (view for view in self.snapshot.running if view.id not in self.preempted)
+        return {view.id: (view.homes, self.growth(view)) for view in holders if view.kv}
+
+    @property
+    def occupied(self) -> frozenset[InstanceId]:
+        """Instances with KV of anyone that decodes."""
+        return frozenset[InstanceId]().union(*(homes for homes, _ in self._grants.values()))
 
     # ---- memory ----------------------------------------------------------------------
 
@@ -70,19 +82,25 @@ class Board:
         As many as its next `headroom` tokens need. All that it can ever need, if it can grow
         too long to be computed anew: it must not be preempted then.
         """
-        ahead = view.length + self._headroom
-        if view.peak > self.longest_prefill:
-            ahead = view.peak
-        return max(0, self.blocks(min(view.peak, ahead)) - self.blocks(view.computed or view.length))
+        begun = view.computed or view.length
+        longest = view.peak
+        if longest <= self.longest_prefill:
+            longest = min(longest, begun + self._headroom)
+        return max(0, self.blocks(longest) - self.blocks(begun))
 
-    def growth_on(self, instances: Iterable[InstanceId]) -> int:
-        """Blocks granted in advance to requests with KV on any of these."""
-        region = frozenset(instances)
+    def growth_on(self, instances: Set[InstanceId]) -> int:
+        """Blocks granted in advance to everyone with KV on any of these."""
         return sum(
-            self.growth(view)
-            for view in self._holders.values()
-            if any(share.instance in region for share in view.kv)
+            blocks for homes, blocks in self._grants.values() if not homes.isdisjoint(instances)
         )
+
+    def spare_around(self, instances: frozenset[InstanceId]) -> int:
+        """Free blocks within reach of these, less what is granted in advance there."""
+        region = self.reach(instances)
+        if region not in self._spare:
+            free = sum(self.free[instance] for instance in region)
+            self._spare[region] = free - self.growth_on(region)
+        return self._spare[region]
 
     @property
     def longest_prefill(self) -> int:
@@ -104,21 +122,27 @@ class Board:
         capacity = sum(self._capacity[instance] for instance in self.reach(instances))
         return capacity >= self.blocks(view.peak)
 
-    def occupied(self, instance: InstanceId) -> bool:
-        """Whether anyone that decodes has KV there."""
-        return any(share.instance == instance for v in self._holders.values() for share in v.kv)
+    def take(self, instance: InstanceId, blocks: int) -> None:
+        """Uses free blocks."""
+        self.free[instance] -= blocks
+        if not self.free[instance]:
+            self.roomy.discard(instance)
 
     def hold_kv(self, view: RequestView) -> None:
-        """A request gets KV by this plan; `view` shows it with its new shares."""
-        self._holders[view.id] = replace(view, computed=sum(tokens for _, tokens in view.kv))
+        """A prompt gets KV by this plan, in new blocks; `view` shows it with its shares."""
+        for instance, tokens in view.kv:
+            self.take(instance, self.blocks(tokens))
+        self._grants[view.id] = (view.homes, self.growth(view))
+        self._spare.clear()
 
     def preempt(self, view: RequestView) -> None:
         """Drops a request's KV; its blocks are free at once."""
+        del self._grants[view.id]
         self.preempted.append(view.id)
         self.running.remove(view)
-        del self._holders[view.id]
         for instance, tokens in view.kv:
             self.free[instance] += self.blocks(tokens)
+            self.roomy.add(instance)
 
     # ---- groups ----------------------------------------------------------------------
 
@@ -126,13 +150,13 @@ class Board:
         self, instances: frozenset[InstanceId], usable: frozenset[InstanceId], degree: int = 1
     ) -> Group | None:
         """The smallest group of usable instances that holds these, filled with others that
-        hold nobody's KV where that takes no larger group."""
+        hold nobody's KV where that takes no larger group.
+        """
         topology = self.snapshot.topology
         found = topology.smallest_cover(instances, usable, degree)
         if found is None or len(found) == len(instances):
             return found
-        taken = {share.instance for view in self._holders.values() for share in view.kv}
-        empty = topology.smallest_cover(instances, (usable - taken) | instances, degree)
+        empty = topology.smallest_cover(instances, (usable - self.occupied) | instances, degree)
         return empty if empty is not None and len(empty) == len(found) else found
 
     def claim(self, group: Iterable[InstanceId]) -> None:
@@ -140,13 +164,16 @@ class Board:
         self.idle.difference_update(group)
         self.drained.difference_update(group)
 
+    def drain(self, instances: Set[InstanceId]) -> None:
+        """Keeps idle instances for the first prompt in line."""
+        self.idle -= instances
+        self.drained |= instances
+
     # ---- turns -----------------------------------------------------------------------
 
     def put_off_on(self, view: RequestView) -> frozenset[InstanceId]:
         """Homes of a request where prompts ran since its last step: it goes first there."""
         last = -1 if view.last_seq is None else view.last_seq
         return frozenset(
-            share.instance
-            for share in view.kv
-            if self._prefill_seq.get(share.instance, -1) > last
+            share.instance for share in view.kv if self._prefill_seq.get(share.instance, -1) > last
         )

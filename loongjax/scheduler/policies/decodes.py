@@ -1,0 +1,273 @@
+"""Decoding: which requests go together, on which group, and where their tokens are kept.
+
+Requests that share an instance become one batch as long as a group holds all their KV; else
+they take turns. A batch grows by the instances that its tokens or rows need, never for its
+own sake. The home of a token stays where the request's last block has room.
+
+Promises that nobody starves as long as steps end:
+- Who was served longest ago is seated first, and whoever waits for decodes alone keeps the
+  idle part of its group free, so that the group becomes idle as a whole.
+- Who has no room for its next token is seated before prompts and all others, in line. The
+  first in line may preempt those behind it, the last one first, so that it always gets on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Set
+from dataclasses import dataclass
+from itertools import count
+
+from loongjax.plan import DecodeRow, DecodeStep, Group, InstanceId, RequestId, RequestView
+from loongjax.scheduler.policies.board import Board, line_key
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class _Batch:
+    """Requests that decode together.
+
+    Attributes:
+      group: Where.
+      needed: The part of it with KV of theirs, old or new; the rest only fills it up.
+      rows: The requests, each with the home of its next token.
+    """
+
+    group: Group
+    needed: set[InstanceId]
+    rows: list[tuple[RequestView, InstanceId]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Seat:
+    """A place for one more request.
+
+    Attributes:
+      joined: The batches that become one, with this request in it.
+      group: Where they then are.
+      home: Where the request's next token is kept.
+    """
+
+    joined: tuple[_Batch, ...]
+    group: Group
+    home: InstanceId
+
+
+class Decodes:
+    """The decode steps of one plan, request by request."""
+
+    def __init__(self, board: Board) -> None:
+        self._board = board
+        self._at: dict[InstanceId, _Batch] = {}
+        self._done: set[RequestId] = set()
+
+    # ---- who is seated, and when -----------------------------------------------------
+
+    def seat_the_short(self) -> None:
+        """Seats those whose instances have no room left; preempts where it must."""
+        for view in tuple(self._board.running):
+            if self._is_short(view) and view.id not in self._board.preempted:
+                self._done.add(view.id)
+                self._seat_short(view)
+
+    def seat_the_rest(self) -> None:
+        """Seats everybody else who can run now, those served longest ago first."""
+        board = self._board
+        rest = [view for view in board.running if view.id not in self._done]
+        for view in sorted(rest, key=_turn_key):
+            usable = board.idle | board.drained if board.put_off_on(view) else board.idle
+            seat = self._find(view, usable, board.roomy)
+            if seat is not None:
+                self._take(view, seat)
+            else:
+                self._keep_free(self._find(view, usable | board.soon, board.roomy))
+
+    def steps(self, first_seq: int) -> list[DecodeStep]:
+        """The batches as steps, numbered from `first_seq` on."""
+        batches = dict.fromkeys(self._at.values())  # each once, in order
+        return [
+            DecodeStep(seq=seq, group=batch.group, rows=_rows(batch))
+            for seq, batch in zip(count(first_seq), batches, strict=False)
+        ]
+
+    def _is_short(self, view: RequestView) -> bool:
+        return view.tail is None and not any(self._board.free[share.instance] for share in view.kv)
+
+    def _seat_short(self, view: RequestView) -> None:
+        """Now, else after the steps that it waits for, else at the cost of someone younger."""
+        board, everywhere = self._board, set(self._board.free)
+        roomy = board.roomy
+        seat = self._find(view, board.idle, roomy)
+        if seat is not None:
+            self._take(view, seat)
+            return
+        if self._find(view, everywhere, roomy) is None:
+            younger = self._younger(view)
+            if self._preempt_for(view, younger):
+                return
+            roomy = {home for victim in younger for home in victim.homes}
+            if self._find(view, everywhere, roomy) is None:
+                board.stuck.add(view.id)
+        self._keep_free(self._find(view, board.idle | board.soon, roomy))
+
+    def _younger(self, view: RequestView) -> list[RequestView]:
+        """Those behind it in line that can give up KV and be computed anew, in line."""
+        board = self._board
+        return [
+            other
+            for other in sorted(board.snapshot.running, key=line_key)
+            if line_key(other) > line_key(view)
+            and other.kv
+            and other.length <= board.longest_prefill
+            and other.id not in board.preempted
+        ]
+
+    def _preempt_for(self, view: RequestView, younger: list[RequestView]) -> bool:
+        for victim in reversed(younger):
+            if victim.id in self._board.snapshot.in_flight:
+                continue
+            seat = self._find(view, self._board.idle, victim.homes)
+            if seat is not None:
+                self._board.preempt(victim)
+                self._take(view, seat)
+                return True
+        return False
+
+    def _keep_free(self, seat: _Seat | None) -> None:
+        """Keeps what is idle of a group for who waits for the rest of it."""
+        if seat is not None and not seat.joined:
+            self._board.claim(seat.group)
+
+    # ---- where -----------------------------------------------------------------------
+
+    def _find(
+        self, view: RequestView, usable: Set[InstanceId], roomy: Set[InstanceId]
+    ) -> _Seat | None:
+        """A seat on usable instances, its new block, if it needs one, on a roomy one."""
+        if view.kv:
+            return self._find_near(view, view.homes, usable, roomy)
+        for start in self._most_free(roomy & (usable | self._at.keys())):
+            if self._board.can_hold_peak(frozenset({start}), view):
+                seat = self._find_near(view, frozenset({start}), usable, roomy)
+                if seat is not None:
+                    return seat
+        return None
+
+    def _find_near(
+        self,
+        view: RequestView,
+        homes: frozenset[InstanceId],
+        usable: Set[InstanceId],
+        roomy: Set[InstanceId],
+    ) -> _Seat | None:
+        """A seat whose group holds `homes`; a new block goes there, or else beside them."""
+        joined = tuple(dict.fromkeys(self._at[home] for home in homes if home in self._at))
+        rows = sum(len(batch.rows) for batch in joined) + 1
+        least = -(-rows // self._board.snapshot.max_rows)
+        if len(joined) == 1 and len(joined[0].group) >= least and homes.issubset(joined[0].group):
+            group: Group | None = joined[0].group
+        else:
+            group = self._cover(joined, homes, usable, least)
+        if group is None:
+            return None
+        home = self._home(view, homes, group, roomy)
+        if home is not None:
+            return _Seat(joined=joined, group=group, home=home)
+        beside = self._most_free(roomy - set(group))
+        return self._grow(view, homes, joined, usable, beside, least)
+
+    def _home(
+        self,
+        view: RequestView,
+        homes: frozenset[InstanceId],
+        group: Group,
+        roomy: Set[InstanceId],
+    ) -> InstanceId | None:
+        """Where the next token is kept, if the group has room: with its KV, if it can be."""
+        if view.tail is not None:
+            return view.tail.instance
+        own = self._most_free(roomy & homes)
+        if own:
+            return own[0]
+        others = self._most_free((roomy & set(group)) - homes)
+        fit = (home for home in others if self._board.can_hold_peak(homes | {home}, view))
+        return next(fit, None)
+
+    def _grow(
+        self,
+        view: RequestView,
+        homes: frozenset[InstanceId],
+        joined: tuple[_Batch, ...],
+        usable: Set[InstanceId],
+        beside: list[InstanceId],
+        least: int,
+    ) -> _Seat | None:
+        """The smallest group that also holds one of `beside`; among equals, the first."""
+        smallest = max(least, len(homes) + 1)
+        best: _Seat | None = None
+        for home in beside:
+            wider = homes | {home}
+            if not self._board.can_hold_peak(wider, view):
+                continue
+            group = self._cover(joined, wider, usable, least)
+            if group is not None and (best is None or len(group) < len(best.group)):
+                best = _Seat(joined=joined, group=group, home=home)
+                if len(group) <= smallest:
+                    break
+        return best
+
+    def _cover(
+        self,
+        joined: tuple[_Batch, ...],
+        homes: frozenset[InstanceId],
+        usable: Set[InstanceId],
+        least: int,
+    ) -> Group | None:
+        """A group for these batches together with a request that has these homes."""
+        needed = homes.union(*(batch.needed for batch in joined))
+        open_to = frozenset(usable).union(*(batch.group for batch in joined))
+        return self._board.cover(needed, open_to, least)
+
+    def _take(self, view: RequestView, seat: _Seat) -> None:
+        batch = _Batch(group=seat.group, needed=set(), rows=[])
+        if len(seat.joined) == 1 and seat.joined[0].group == seat.group:
+            batch = seat.joined[0]
+        else:
+            for other in seat.joined:
+                batch.needed |= other.needed
+                batch.rows += other.rows
+                for instance in other.group:
+                    del self._at[instance]
+            self._at |= dict.fromkeys(seat.group, batch)
+            self._board.claim(seat.group)
+        batch.needed |= {seat.home, *(share.instance for share in view.kv)}
+        batch.rows.append((view, seat.home))
+        if view.tail is None:
+            self._board.take(seat.home, 1)
+
+    def _most_free(self, instances: Iterable[InstanceId]) -> list[InstanceId]:
+        free = self._board.free
+        return sorted(instances, key=lambda instance: (-free[instance], instance))
+
+
+def _turn_key(view: RequestView) -> tuple[int, int, tuple[int, float, RequestId]]:
+    """Whose turn it is: served longest ago, then fewest tokens, then first in line."""
+    last_seq = -1 if view.last_seq is None else view.last_seq
+    return (last_seq, view.generated, line_key(view))
+
+
+def _rows(batch: _Batch) -> tuple[DecodeRow, ...]:
+    """Gives each request a master: where most of its KV lies, if that rank has a row left.
+
+    Every rank gets at most its part of the rows, rounded up.
+    """
+    most = -(-len(batch.rows) // len(batch.group))
+    filled = dict.fromkeys(batch.group, 0)
+    rows = []
+    for view, home in batch.rows:
+        tokens = dict(view.kv)
+        master = max(
+            (instance for instance in batch.group if filled[instance] < most),
+            key=lambda instance: (tokens.get(instance, 0), -filled[instance], -instance),
+        )
+        filled[master] += 1
+        rows.append(DecodeRow(view.id, master, home))
+    return tuple(rows)

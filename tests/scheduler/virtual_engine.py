@@ -1,0 +1,210 @@
+"""A small engine without threads or devices: real allocator, real rules, any order of ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from loongjax.kvcache import BlockAllocator
+from loongjax.plan import (
+    DecodeStep,
+    InstanceView,
+    Plan,
+    PrefillStep,
+    RequestView,
+    Snapshot,
+    Step,
+    Topology,
+    step_requests,
+)
+from loongjax.scheduler import Policy, validate
+
+
+@dataclass(kw_only=True)
+class Job:
+    """A request: it ends after `tokens` (at most `max_tokens`) were generated."""
+
+    id: str
+    prompt: int
+    max_tokens: int
+    tokens: int
+    arrival: float = 0.0
+    priority: int = 0
+    generated: int = 0
+    last_seq: int | None = None
+    served: list[int] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        return self.prompt + self.generated
+
+
+class VirtualEngine:
+    """Plans, checks, and applies; `pick` says which step in flight ends next.
+
+    Attributes:
+      plans: Every snapshot with the plan that was made from it.
+      preempted: Requests in the order in which they were preempted.
+      lost: Requests that were preempted although they are too long to be computed anew.
+      fullest: The most slots that were in use at once.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        topology: Topology,
+        *,
+        slots: int,
+        block_size: int,
+        max_chunk_tokens: int = 64,
+        max_rows: int = 4,
+        pick: Callable[[Sequence[Step]], int] = lambda steps: 0,
+    ) -> None:
+        self.policy = policy
+        self.topology = topology
+        self.allocator = BlockAllocator(
+            instances=topology.instances, slots=slots, block_size=block_size
+        )
+        self.max_chunk_tokens = max_chunk_tokens
+        self.max_rows = max_rows
+        self.pick = pick
+        self.jobs: dict[str, Job] = {}
+        self.flying: list[Step] = []
+        self.plans: list[tuple[Snapshot, Plan]] = []
+        self.preempted: list[str] = []
+        self.lost: list[str] = []
+        self.finished: list[str] = []
+        self.fullest = 0
+        self._submitted = 0
+        self._next_seq = 0
+        self._prefill_seq: dict[int, int] = {}
+
+    @property
+    def longest_prefill(self) -> int:
+        return self.max_chunk_tokens * max(self.topology.degrees)
+
+    def capacity(self) -> int:
+        """KV tokens that the largest group holds."""
+        return self.allocator.usable * max(self.topology.degrees)
+
+    def submit(self, job: Job) -> None:
+        assert job.prompt <= self.longest_prefill
+        blocks = -(-(job.prompt + job.max_tokens - 1) // self.allocator.block_size)
+        assert blocks * self.allocator.block_size <= self.capacity()
+        assert 1 <= job.tokens <= job.max_tokens
+        job.arrival = float(self._submitted)
+        self._submitted += 1
+        self.jobs[job.id] = job
+
+    def snapshot(self) -> Snapshot:
+        views = [self._view(job) for job in self.jobs.values()]
+        in_flight = {name for step in self.flying for name in step_requests(step)}
+        return Snapshot(
+            version=len(self.plans),
+            next_seq=self._next_seq,
+            block_size=self.allocator.block_size,
+            max_chunk_tokens=self.max_chunk_tokens,
+            max_rows=self.max_rows,
+            waiting=tuple(view for view in views if view.uncomputed > 1),
+            running=tuple(view for view in views if view.uncomputed <= 1),
+            instances=tuple(self._instance(i) for i in range(self.topology.instances)),
+            in_flight=frozenset(in_flight),
+            topology=self.topology,
+        )
+
+    def plan(self) -> tuple[Step, ...]:
+        """Plans once more than what changed nothing; gives the steps that were launched."""
+        while True:
+            snapshot = self.snapshot()
+            plan = self.policy.schedule(0.0, snapshot)
+            validate(snapshot, plan)
+            assert not plan.reject
+            self.plans.append((snapshot, plan))
+            for name in plan.preempt:
+                self._preempt(name)
+            for step in plan.steps:
+                self._launch(step)
+            if plan.steps or not plan.preempt:
+                break
+        assert self.flying or not self.jobs, "nothing is planned, and nothing is in flight"
+        return plan.steps
+
+    def end_one(self) -> Step:
+        """A step ends, and its requests get their tokens."""
+        step = self.flying.pop(self.pick(self.flying) % len(self.flying))
+        for name in step_requests(step):
+            job = self.jobs[name]
+            assert self.allocator.computed(name) == job.length
+            job.generated += 1
+            job.served.append(step.seq)
+            if job.generated == job.tokens:
+                self._forget(name)
+                self.finished.append(name)
+        self.allocator.check_integrity()
+        return step
+
+    def run(self, limit: int = 20_000) -> None:
+        """Until everybody has finished, or `limit` steps have ended."""
+        for _ in range(limit):
+            if not self.jobs:
+                break
+            self.plan()
+            if self.flying:
+                self.end_one()
+        assert not self.jobs, f"{sorted(self.jobs)} did not end within {limit} steps"
+        assert all(self.allocator.used_slots(i) == 0 for i in range(self.topology.instances))
+
+    def _launch(self, step: Step) -> None:
+        self.allocator.apply(step)
+        assert step.seq == self._next_seq
+        self._next_seq += 1
+        self.flying.append(step)
+        for name in step_requests(step):
+            self.jobs[name].last_seq = step.seq
+        if isinstance(step, PrefillStep):
+            self._prefill_seq |= dict.fromkeys(step.group, step.seq)
+        used = [self.allocator.used_slots(i) for i in range(self.topology.instances)]
+        self.fullest = max(self.fullest, sum(used))
+
+    def _preempt(self, name: str) -> None:
+        self.preempted.append(name)
+        self.allocator.release(name)
+        if self.jobs[name].length > self.longest_prefill:
+            self.lost.append(name)
+            self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        self.allocator.release(name)
+        del self.jobs[name]
+
+    def _view(self, job: Job) -> RequestView:
+        return RequestView(
+            id=job.id,
+            prompt=job.prompt,
+            max_tokens=job.max_tokens,
+            arrival=job.arrival,
+            priority=job.priority,
+            generated=job.generated,
+            computed=self.allocator.computed(job.id),
+            kv=self.allocator.shares(job.id),
+            tail=self.allocator.tail(job.id),
+            last_seq=job.last_seq,
+        )
+
+    def _instance(self, instance: int) -> InstanceView:
+        busy = [step.seq for step in self.flying if instance in step.group]
+        return InstanceView(
+            id=instance,
+            slots=self.allocator.slots,
+            free_slots=self.allocator.free_slots(instance),
+            busy_seq=max(busy, default=None),
+            prefill_seq=self._prefill_seq.get(instance),
+        )
+
+
+def prefills(steps: Sequence[Step]) -> list[PrefillStep]:
+    return [step for step in steps if isinstance(step, PrefillStep)]
+
+
+def decodes(steps: Sequence[Step]) -> list[DecodeStep]:
+    return [step for step in steps if isinstance(step, DecodeStep)]
