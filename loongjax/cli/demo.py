@@ -15,7 +15,7 @@ from loongjax.api.llm import LLM
 from loongjax.cli.drawing import draw_request
 from loongjax.sampling.params import SamplingParams
 
-QUESTION = "What is this document about? Answer in two sentences."
+QUESTION = "Which great project in space does the President propose, and why?"
 INSTANCES = 4
 POOL_SLOTS = 4096  # for each instance: less than the document
 

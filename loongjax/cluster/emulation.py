@@ -21,11 +21,12 @@ _POOL_THREADS = 64
 def prepare_devices(needed: int) -> None:
     """Makes jax emulate at least `needed` devices if it runs on CPU.
 
-    Does nothing to accelerators. Raises BackendStartedError if jax has started already and
-    was not set up so; the message says what to run first.
+    Emulates 64 at most; does nothing to accelerators. Raises BackendStartedError if jax has
+    started already and was not set up so; the message says what to run first.
     """
-    wanted = max(needed, _SPARE_DEVICES)
-    enough = int(os.environ.get("NPROC", "0")) >= _POOL_THREADS
+    wanted = min(max(needed, _SPARE_DEVICES), _POOL_THREADS)  # a thread for each device
+    threads = os.environ.get("NPROC")
+    enough = threads is not None and int(threads) >= _POOL_THREADS
     if not enough:
         os.environ["NPROC"] = str(_POOL_THREADS)
     try:
@@ -35,6 +36,9 @@ def prepare_devices(needed: int) -> None:
             # A change raises if the backend runs, and then its pool was made without NPROC.
             jax.config.update("jax_num_cpu_devices", jax.config.jax_num_cpu_devices + 1)
     except RuntimeError as error:
+        if not enough:  # too late, and the next to ask must see that, too
+            os.environ.pop("NPROC")
+            os.environ.update({} if threads is None else {"NPROC": threads})
         _check_started(needed, enough, error)
 
 
@@ -42,6 +46,8 @@ def _check_started(needed: int, pool_is_large: bool, error: RuntimeError) -> Non
     if jax.default_backend() != "cpu":
         return
     have = len(jax.devices())
+    if needed > _POOL_THREADS:
+        return  # never to be had here; whoever takes the devices says so
     if have >= needed and (needed == 1 or pool_is_large):
         return
     raise BackendStartedError(

@@ -1,7 +1,7 @@
 """The one place that rounds sizes up to what is compiled.
 
-Sizes are powers of two and the steps half-way between them: at most a third of a bucket is
-padding, with two programs for each doubling.
+Sizes are powers of two and, beyond twice the smallest, the steps half-way between them: at
+most a third of such a bucket is padding, with two programs for each doubling.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class Shape:
 
     @property
     def table_entries(self) -> int:
-        return 2 * self.blocks + chunk_entries(self.block_size)
+        return 3 * self.blocks + chunk_entries(self.block_size)
 
 
 SHAPES = [
@@ -88,7 +88,7 @@ def random_case(shape: Shape, seed: int, windowed: bool) -> Case:
     )
     at = int(rng.integers(0, 3))
     for row in range(ROWS):
-        wanted = rng.choice([0, 1, shape.blocks // 4, shape.blocks // 3])
+        wanted = rng.choice([0, 1, shape.blocks // 4, shape.blocks // 2])
         at += fill_row(case, row, at, rng.permutation(shape.blocks)[:wanted], shape, rng)
     if windowed:
         case.rows.first_R[:] = case.rows.position_R - rng.integers(1, 2 * shape.slots, ROWS) // 4

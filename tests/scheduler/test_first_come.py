@@ -105,6 +105,33 @@ def test_prompt_waits_for_decode_steps_rather_than_take_fewer_instances() -> Non
     assert [step.group for step in it.plan()] == [(0, 1, 2, 3)]
 
 
+def test_put_off_decodes_run_even_on_instances_that_are_kept_for_a_prompt() -> None:
+    it = engine(2, slots=64)
+    submit(it, "wide", 30, tokens=60)
+    begin(it, "wide")
+    assert homes(it, "wide") == (0, 1)
+    submit(it, "short", 2, tokens=1)
+    assert [len(step.group) for step in it.plan()] == [1]  # puts `wide` off
+    submit(it, "long", 32, tokens=1)
+    it.end_one()
+    assert [step_requests(step) for step in it.plan()] == [("wide",)]
+    it.end_one()
+    assert [step_requests(step) for step in it.plan()] == [("long",)]
+
+
+def test_prompt_begins_only_where_it_can_end() -> None:
+    """Of six instances, aligned slices of four are the first four alone."""
+    it = engine(AlignedSlices(6), slots=16, headroom=0)
+    for i in range(4):
+        submit(it, f"r{i}", 2, tokens=3)
+    begin(it, "r3")
+    submit(it, "large", 10, tokens=30)  # needs three, though 4 and 5 are free now
+    it.run()
+    groups = {step.group for _, plan in it.plans for step in plan.steps}
+    assert (4,) not in groups
+    assert it.preempted == []
+
+
 def test_prompt_that_lacks_memory_on_few_instances_gets_more() -> None:
     it = engine(slots=8, headroom=0)
     submit(it, "a", 12, tokens=2)
@@ -239,6 +266,7 @@ def test_more_requests_than_rows_take_turns() -> None:
     for i in range(5):
         submit(it, f"r{i}", 2, tokens=20)
     run_until(it, "r4", 8)
+    assert len(it.jobs) == 5
     counts = sorted(job.generated for job in it.jobs.values())
     assert counts[-1] - counts[0] <= 1
 

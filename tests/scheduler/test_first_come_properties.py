@@ -166,13 +166,13 @@ def test_with_enough_headroom_nobody_is_preempted(
 
 
 @settings(max_examples=40)
-@given(clusters, pools, st.floats(0, 1))
+@given(clusters, pools, st.integers(1, 40))
 def test_one_request_may_fill_the_largest_group_to_the_last_slot(
-    cluster: tuple[str, int, set[int]], pool: tuple[int, int], part: float
+    cluster: tuple[str, int, set[int]], pool: tuple[int, int], tokens: int
 ) -> None:
     it = engine(cluster, pool, (8, 0), (256, 1), seed=0)
-    prompt = max(1, round(part * it.capacity()))
-    tokens = it.capacity() - prompt + 1
+    tokens = min(tokens, it.capacity())
+    prompt = it.capacity() - tokens + 1
     it.submit(Job(id="a", prompt=prompt, max_tokens=tokens, tokens=tokens))
     it.run()
     assert it.fullest == it.capacity()

@@ -138,6 +138,25 @@ def test_tokens_that_only_the_config_lists_are_added(folder: Path) -> None:
     assert tokenizer.decode([end]) == ""
 
 
+def test_a_token_with_a_role_is_special_even_if_it_is_an_ordinary_one(folder: Path) -> None:
+    token = oracle_of(folder).convert_tokens_to_ids("h")
+    edit(folder / "tokenizer_config.json", lambda c: c.update(eos_token="h"))
+    tokenizer = load_hf_tokenizer(folder)
+    assert tokenizer.eos_ids == (token,)
+    assert tokenizer.decode([token]) == ""
+
+
+def test_truncation_and_padding_of_the_file_are_not_for_prompts(folder: Path) -> None:
+    native = NativeTokenizer.from_file(str(folder / "tokenizer.json"))
+    native.enable_truncation(max_length=4)
+    native.enable_padding(length=8)
+    native.save(str(folder / "tokenizer.json"))
+    tokenizer = load_hf_tokenizer(folder)
+    assert tokenizer.encode("g", add_special=True) == [0, *tokenizer.encode("g", add_special=False)]
+    text = "g h " * 100
+    assert tokenizer.decode(tokenizer.encode(text, add_special=True)) == text
+
+
 def test_a_special_token_as_an_object_is_read(folder: Path) -> None:
     entry = {"__type": "AddedToken", "content": "</s>", "special": True}
     edit(folder / "tokenizer_config.json", lambda c: c.update(eos_token=entry))

@@ -168,13 +168,13 @@ class Decodes:
             group = self._cover(joined, homes, usable, least)
         if group is None:
             return None
-        home = self._home(view, homes, group, roomy)
+        home = self._home_within(view, homes, group, roomy)
         if home is not None:
             return _Seat(joined=joined, group=group, home=home)
         beside = self._most_free(roomy - set(group))
-        return self._grow(view, homes, joined, usable, beside, least)
+        return self._grow(homes, joined, usable, beside, least)
 
-    def _home(
+    def _home_within(
         self,
         view: RequestView,
         homes: frozenset[InstanceId],
@@ -187,27 +187,26 @@ class Decodes:
         own = self._most_free(roomy & homes)
         if own:
             return own[0]
-        others = self._most_free((roomy & set(group)) - homes)
-        fit = (home for home in others if self._board.can_hold_peak(homes | {home}, view))
-        return next(fit, None)
+        others = self._most_free(roomy & set(group))
+        return others[0] if others else None
 
     def _grow(
         self,
-        view: RequestView,
         homes: frozenset[InstanceId],
         joined: tuple[_Batch, ...],
         usable: Set[InstanceId],
         beside: list[InstanceId],
         least: int,
     ) -> _Seat | None:
-        """The smallest group that also holds one of `beside`; among equals, the first."""
+        """The smallest group that also holds one of `beside`; among equals, the first.
+
+        It cannot grow into a corner: in every topology, a group that holds some instances lies
+        in a largest group that holds them.
+        """
         smallest = max(least, len(homes) + 1)
         best: _Seat | None = None
         for home in beside:
-            wider = homes | {home}
-            if not self._board.can_hold_peak(wider, view):
-                continue
-            group = self._cover(joined, wider, usable, least)
+            group = self._cover(joined, homes | {home}, usable, least)
             if group is not None and (best is None or len(group) < len(best.group)):
                 best = _Seat(joined=joined, group=group, home=home)
                 if len(group) <= smallest:

@@ -1,0 +1,149 @@
+"""`LLM` on emulated devices: many requests at once, against a plain forward pass."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+
+from loongjax import LLM, SamplingParams
+from loongjax.errors import BackendStartedError, CapacityError, ConfigError, RequestError
+from tests.esp.rig import TINY, reference_logits
+
+EPSILON = 1e-4
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    return tmp_path_factory.mktemp("programs")
+
+
+def make(programs, **options) -> LLM:
+    settings = {
+        "instances": 4,
+        "degrees": (1, 2, 4),
+        "block_size": 1,
+        "pool_slots": 512,
+        "max_model_len": 256,
+    }
+    return LLM("random:tiny", program_dir=programs, **{**settings, **options})
+
+
+def draw_prompts(count: int, seed: int) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, TINY.vocab_size, rng.integers(1, 120)).tolist() for _ in range(count)]
+
+
+def count_ties(output) -> int:
+    """Checks every token against the reference; counts those that a tie may have decided."""
+    tokens = [*output.prompt_token_ids, *output.token_ids]
+    logits = reference_logits(tokens)
+    ties = 0
+    for position, token in enumerate(output.token_ids, len(output.prompt_token_ids) - 1):
+        row, bound = logits[position], 2 * EPSILON * np.abs(logits).max()
+        assert row.max() - row[token] <= bound
+        ties += token != row.argmax()
+    return ties
+
+
+def used(llm: LLM) -> int:
+    return sum(instance.used for instance in llm.stats().instances)
+
+
+@pytest.mark.parametrize(("slots", "block_size"), [(512, 1), (96, 1), (96, 16)])
+def test_many_requests_say_what_the_reference_says(programs, slots, block_size):
+    """With 96 slots an instance, requests wait, spread, grow their groups, and are preempted."""
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    with make(programs, pool_slots=slots, block_size=block_size) as llm:
+        outputs = llm.generate(draw_prompts(24, seed=1), params)
+        ties = sum(count_ties(output) for output in outputs)
+        degrees = {run.degree for output in outputs for run in output.steps}
+        assert used(llm) == 0
+    assert all(output.finish_reason == "length" for output in outputs)
+    assert all(len(output.token_ids) == 12 for output in outputs)
+    assert ties <= 0.005 * 24 * 12
+    assert len(degrees) > 1 or slots == 512
+
+
+def test_a_seed_gives_the_same_tokens_in_any_company(programs):
+    prompts = draw_prompts(8, seed=2)
+    params = SamplingParams(temperature=1.0, seed=11, max_tokens=8, ignore_eos=True)
+    with make(programs) as llm:
+        together = [output.token_ids for output in llm.generate(prompts, params)]
+        alone = [llm.generate(prompt, params)[0].token_ids for prompt in prompts]
+        other = llm.generate(prompts[0], SamplingParams(seed=12, max_tokens=8))[0].token_ids
+    assert together == alone
+    assert other != alone[0]
+
+
+def test_two_in_one_process_at_once(programs):
+    """They share devices; launches are ordered, so neither waits for the other forever."""
+    prompts = draw_prompts(10, seed=3)
+    params = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
+    found: dict[int, list] = {}
+    with make(programs) as first, make(programs, instances=2, degrees=(1, 2)) as second:
+
+        def run(number: int, llm: LLM) -> None:
+            found[number] = llm.generate(prompts, params)
+
+        threads = [
+            threading.Thread(target=run, args=(i, llm)) for i, llm in enumerate((first, second))
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+        assert used(first) == used(second) == 0
+    for outputs in found.values():
+        assert sum(count_ties(output) for output in outputs) == 0
+    assert len(found) == 2
+
+
+def test_bad_neighbours_cost_nobody_an_answer(programs):
+    good = draw_prompts(3, seed=4)
+    bad = [[], [TINY.vocab_size], [-1], [1] * 300]
+    params = SamplingParams(temperature=0, max_tokens=4)
+    with make(programs) as llm:
+        outputs = llm.generate([good[0], bad[0], bad[1], good[1], bad[2], bad[3], good[2]], params)
+        assert used(llm) == 0
+    reasons = [output.finish_reason for output in outputs]
+    assert [reason == "error" for reason in reasons] == [
+        False,
+        True,
+        True,
+        False,
+        True,
+        True,
+        False,
+    ]
+    assert "512" in outputs[2].error
+    assert "300" in outputs[5].error
+
+
+def test_refusals_name_value_and_limit(programs):
+    with make(programs, pool_slots=32, degrees=(1, 2)) as llm:
+        with pytest.raises(RequestError, match="empty"):
+            llm.generate("")
+        with pytest.raises(RequestError, match=r"256"):
+            llm.generate([1] * 10, SamplingParams(max_tokens=250))
+        with pytest.raises(CapacityError, match=r"64"):
+            llm.generate([1] * 60, SamplingParams(max_tokens=10))
+        assert used(llm) == 0
+    with pytest.raises(ConfigError, match="900"):
+        make(programs, instances=900, degrees=None)
+    with pytest.raises(BackendStartedError, match="JAX_NUM_CPU_DEVICES"):
+        make(programs, instances=9, degrees=None)
+    with pytest.raises(ConfigError, match="5"):
+        make(programs, degrees=(5,))
+    with pytest.raises(ConfigError, match="3"):
+        make(programs, instances=1, degrees=None, tensor_parallel=3)
+
+
+def test_leaving_a_stream_frees_its_kv(programs):
+    with make(programs) as llm:
+        stream = llm.stream([1, 2, 3], SamplingParams(max_tokens=200, ignore_eos=True))
+        next(stream)
+        stream.close()
+        llm.generate([4, 5], SamplingParams(max_tokens=2))
+        assert used(llm) == 0
