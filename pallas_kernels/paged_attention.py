@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int32, Shaped
+from jaxtyping import Array, Bool, Float, Int32, Shaped
 
 from pallas_kernels.partials import Carry, Partial, empty_carry, finish, fold_weights
 
@@ -44,6 +44,56 @@ def chunk_entries(block_size: int) -> int:
     return max(1, _CHUNK_TOKENS // block_size)
 
 
+class Keys(NamedTuple):
+    """The keys that some consecutive table entries name; K = entries * block_size.
+
+    X = G * D: heads lie side by side, as they are stored. Where `valid_K` is False, an entry
+    had fewer tokens than a block, or the range ended; there, numbers are finite or zero only
+    in `v_KxX`.
+    """
+
+    k_KxX: Float[Array, "K X"]
+    v_KxX: Float[Array, "K X"]
+    position_K: Int32[Array, " K"]
+    valid_K: Bool[Array, " K"]
+
+
+def load_keys(
+    k_pool: Shaped[Array, "L S G D"],
+    v_pool: Shaped[Array, "L S G D"],
+    table_Nx3: Int32[Array, "N 3"],
+    start: Int32[Array, ""],
+    count: Int32[Array, ""],
+    *,
+    layer: int | Int32[Array, ""],
+    block_size: int,
+    decode: Callable[[Array], Array] = lambda x: x,
+) -> Keys:
+    """Loads the keys of one work item: `count` table entries from `start`, at most
+    `chunk_entries(block_size)`.
+
+    Slots that no entry names may be read, but are not passed on, even if they hold NaN.
+    """
+    layers, slots, kv_heads, head_dim = k_pool.shape
+    step = chunk_entries(block_size)
+    found = lax.dynamic_slice(table_Nx3, (start, 0), (step, 3))
+    offset = jnp.arange(block_size, dtype=jnp.int32)
+    listed = (jnp.arange(step, dtype=jnp.int32) < count)[:, None]
+    valid_K = (listed & (offset < found[:, 2:3])).reshape(-1)
+    slot_K = jnp.where(valid_K, (found[:, 0:1] + offset).reshape(-1), 0)
+
+    def load(pool: Array) -> Array:
+        flat = pool.reshape(layers * slots, kv_heads * head_dim)
+        return decode(flat.at[layer * slots + slot_K].get(mode="promise_in_bounds"))
+
+    return Keys(
+        k_KxX=load(k_pool),
+        v_KxX=jnp.where(valid_K[:, None], load(v_pool), 0),
+        position_K=(found[:, 1:2] + offset).reshape(-1),
+        valid_K=valid_K,
+    )
+
+
 def paged_attention(
     q_RxHxD: Float[Array, "R H D"],
     k_pool: Shaped[Array, "L S G D"],
@@ -58,43 +108,39 @@ def paged_attention(
     """Attends each row's query over the row's entries; returns `(o_RxHxD, lse_RxH)`.
 
     `decode` turns stored rows of the pool into numbers (pools may hold bf16 as uint16).
-    Slots that no entry names are read but never used, even if they hold NaN. Work: 4*H*D
-    flops and 2*G*D stored elements per KV token, rounded up to chunks of 128 tokens.
+    Work: 4*H*D flops and 2*G*D stored elements per KV token, rounded up to chunks of 128
+    tokens.
     """
     row_count, heads, head_dim = q_RxHxD.shape
-    layers, slots, kv_heads, _ = k_pool.shape
+    kv_heads = k_pool.shape[2]
     step = chunk_entries(block_size)
-    tokens = step * block_size
     chunks_R = (rows.entries_R + step - 1) // step
     ends_R = jnp.cumsum(chunks_R)
     q_RxHxX = spread_heads(q_RxHxD, kv_heads)
 
-    def load(pool: Array, slot_C: Array) -> Array:
-        flat = pool.reshape(layers * slots, kv_heads * head_dim)
-        found = flat.at[layer * slots + slot_C].get(mode="promise_in_bounds")
-        return decode(found)
-
     def work_item(w: Array, carry: Carry) -> Carry:
         r = jnp.sum(ends_R <= w, dtype=jnp.int32)
-        chunk = w - (ends_R[r] - chunks_R[r])
-        found = lax.dynamic_slice(rows.table_Nx3, (rows.start_R[r] + chunk * step, 0), (step, 3))
-        offset = jnp.arange(block_size, dtype=jnp.int32)
-        position = (found[:, 1:2] + offset).reshape(tokens)
-        entry = jnp.repeat(chunk * step + jnp.arange(step, dtype=jnp.int32), block_size)
-        visible = (offset < found[:, 2:3]).reshape(tokens) & (entry < rows.entries_R[r])
-        visible &= (position < rows.position_R[r]) & (position >= rows.first_R[r])
-        slot_C = jnp.where(visible, (found[:, 0:1] + offset).reshape(tokens), 0)
-        k_CxX, v_CxX = load(k_pool, slot_C), load(v_pool, slot_C)
+        first_entry = (w - (ends_R[r] - chunks_R[r])) * step
+        keys = load_keys(
+            k_pool,
+            v_pool,
+            rows.table_Nx3,
+            rows.start_R[r] + first_entry,
+            rows.entries_R[r] - first_entry,
+            layer=layer,
+            block_size=block_size,
+            decode=decode,
+        )
+        visible = keys.valid_K & (keys.position_K < rows.position_R[r])
+        visible &= keys.position_K >= rows.first_R[r]
         q_HxX = lax.dynamic_index_in_dim(q_RxHxX, r, 0, keepdims=False)
         s = lax.dot_general(
-            q_HxX, k_CxX, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+            q_HxX, keys.k_KxX, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
         )
-        s = jnp.where(visible, s * scale, -jnp.inf)
-        m, p, shrink = fold_weights(carry.m[r], s)
-        v_CxX = jnp.where(visible[:, None], v_CxX, 0)  # unwritten memory may be NaN
+        m, p, shrink = fold_weights(carry.m[r], jnp.where(visible, s * scale, -jnp.inf))
         pv_HxX = lax.dot_general(
-            p.astype(v_CxX.dtype),
-            v_CxX,
+            p.astype(keys.v_KxX.dtype),
+            keys.v_KxX,
             (((1,), (0,)), ((), ())),
             preferred_element_type=jnp.float32,
         )

@@ -12,7 +12,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float32
+from jax import lax
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 
 class Partial(NamedTuple):
@@ -51,6 +52,63 @@ def fold_weights(
     # Subtracting -inf from -inf would give NaN; such rows have only zero weights anyway.
     base = jnp.where(m_new == -jnp.inf, 0.0, m_new)
     return m_new, jnp.exp(s_rowsxK - base[..., None]), jnp.exp(m_rows - base)
+
+
+def fold_keys(
+    carry_HxQ: Carry,
+    q_HxQxD: Float[Array, "H Q D"],
+    k_GxKxD: Float[Array, "G K D"],
+    v_GxKxD: Float[Array, "G K D"],
+    visible_QxK: Bool[Array, "Q K"],
+    scale: float,
+) -> Carry:
+    """Folds a tile of keys into the running softmax of a tile of queries.
+
+    Query heads h share KV head h // (H // G). Keys that a query does not see have no weight;
+    their values must be finite. Products accumulate in float32.
+    """
+    heads, queries, head_dim = q_HxQxD.shape
+    kv_heads, keys, _ = k_GxKxD.shape
+    shared = (kv_heads, heads // kv_heads * queries)  # all queries of a KV head in one product
+    s = lax.dot_general(
+        q_HxQxD.reshape(*shared, head_dim),
+        k_GxKxD,
+        (((2,), (2,)), ((0,), (0,))),
+        preferred_element_type=jnp.float32,
+    )
+    s_HxQxK = jnp.where(visible_QxK, s.reshape(heads, queries, keys) * scale, -jnp.inf)
+    m_HxQ, p_HxQxK, shrink_HxQ = fold_weights(carry_HxQ.m, s_HxQxK)
+    pv = lax.dot_general(
+        p_HxQxK.reshape(*shared, keys).astype(v_GxKxD.dtype),
+        v_GxKxD,
+        (((2,), (1,)), ((0,), (0,))),
+        preferred_element_type=jnp.float32,
+    )
+    return Carry(
+        m_HxQ,
+        carry_HxQ.l * shrink_HxQ + p_HxQxK.sum(-1),
+        carry_HxQ.o * shrink_HxQ[..., None] + pv.reshape(heads, queries, head_dim),
+    )
+
+
+def fold_partial(carry: Carry, partial: Partial) -> Carry:
+    """Folds a finished partial over other keys into a running softmax."""
+    m = jnp.maximum(carry.m, partial.lse)
+    base = jnp.where(m == -jnp.inf, 0.0, m)
+    old, new = jnp.exp(carry.m - base), jnp.exp(partial.lse - base)
+    o = carry.o * old[..., None] + partial.o * new[..., None]
+    return Carry(m, carry.l * old + new, o)
+
+
+def slice_carry(carry_HxT: Carry, at: Int32[Array, ""], size: int) -> Carry:
+    """The carry of `size` queries from `at` on."""
+    return Carry(*(lax.dynamic_slice_in_dim(leaf, at, size, axis=1) for leaf in carry_HxT))
+
+
+def put_carry(carry_HxT: Carry, part_HxQ: Carry, at: Int32[Array, ""]) -> Carry:
+    """Puts back what `slice_carry` took."""
+    pairs = zip(carry_HxT, part_HxQ, strict=True)
+    return Carry(*(lax.dynamic_update_slice_in_dim(all_, part, at, axis=1) for all_, part in pairs))
 
 
 def finish(carry: Carry) -> Partial:

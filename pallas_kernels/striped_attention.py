@@ -14,12 +14,11 @@ beyond the diagonal, in other prompts, or outside the window cost nothing.
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.partials import Carry, fold_weights
+from pallas_kernels.partials import Carry, fold_keys, put_carry, slice_carry
 
 _TILES = (256, 128, 64, 32, 16, 8, 4, 2, 1)  # 256 was the fastest on CPU in float32 and bf16
 
@@ -50,50 +49,35 @@ def fold_stripe(
     """
     heads, tokens, head_dim = q_HxTxD.shape
     kv_heads = k_GxTxD.shape[0]
-    repeat = heads // kv_heads
     tile = tile_size(tokens)
-    grouped = (kv_heads, repeat, tile)
     in_use = jnp.arange(tokens, dtype=jnp.int32) < used
     v_GxTxD = jnp.where(in_use[:, None], v_GxTxD, 0)  # weight 0 times NaN would be NaN
 
     def query_tile(i: Array, carry: Carry) -> Carry:
         at = i * tile
-        q = lax.dynamic_slice(q_HxTxD, (0, at, 0), (heads, tile, head_dim))
-        q_GxQxD = q.reshape(kv_heads, repeat * tile, head_dim)
-        first = lax.dynamic_slice(first_T, (at,), (tile,))
-        index = at + jnp.arange(tile, dtype=jnp.int32)
+        q_HxQxD = lax.dynamic_slice(q_HxTxD, (0, at, 0), (heads, tile, head_dim))
+        first_Q = lax.dynamic_slice(first_T, (at,), (tile,))
+        index_Q = at + jnp.arange(tile, dtype=jnp.int32)
 
         def key_tile(j: Array, running: Carry) -> Carry:
-            k = lax.dynamic_slice(k_GxTxD, (0, j * tile, 0), (kv_heads, tile, head_dim))
-            v = lax.dynamic_slice(v_GxTxD, (0, j * tile, 0), (kv_heads, tile, head_dim))
-            s = lax.dot_general(
-                q_GxQxD, k, (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32
+            key_K = j * tile + jnp.arange(tile, dtype=jnp.int32)
+            visible = (key_K >= first_Q[:, None]) & (key_K <= (index_Q - shift)[:, None])
+            place, shape = (0, j * tile, 0), (kv_heads, tile, head_dim)
+            return fold_keys(
+                running,
+                q_HxQxD,
+                lax.dynamic_slice(k_GxTxD, place, shape),
+                lax.dynamic_slice(v_GxTxD, place, shape),
+                visible,
+                scale,
             )
-            key = j * tile + jnp.arange(tile, dtype=jnp.int32)
-            visible = (key >= first[:, None]) & (key <= (index - shift)[:, None])
-            s = jnp.where(visible, s.reshape(*grouped, tile) * scale, -jnp.inf)
-            m, p, shrink = fold_weights(running.m, s)
-            pv = lax.dot_general(
-                p.reshape(kv_heads, repeat * tile, tile).astype(v.dtype),
-                v,
-                (((2,), (1,)), ((0,), (0,))),
-                preferred_element_type=jnp.float32,
-            ).reshape(*grouped, head_dim)
-            return Carry(m, running.l * shrink + p.sum(-1), running.o * shrink[..., None] + pv)
 
-        running = Carry(
-            lax.dynamic_slice(carry.m, (0, at), (heads, tile)).reshape(grouped),
-            lax.dynamic_slice(carry.l, (0, at), (heads, tile)).reshape(grouped),
-            lax.dynamic_slice(carry.o, (0, at, 0), q.shape).reshape(*grouped, head_dim),
-        )
         # `first` never decreases inside a prompt, and prompts follow each other: the
         # tile's first entry bounds all of it.
         last = (at + tile - 1 - shift) // tile
-        running = lax.fori_loop(first[0] // tile, last + 1, key_tile, running)
-        return Carry(
-            lax.dynamic_update_slice(carry.m, running.m.reshape(heads, tile), (0, at)),
-            lax.dynamic_update_slice(carry.l, running.l.reshape(heads, tile), (0, at)),
-            lax.dynamic_update_slice(carry.o, running.o.reshape(q.shape), (0, at, 0)),
+        running = lax.fori_loop(
+            first_Q[0] // tile, last + 1, key_tile, slice_carry(carry, at, tile)
         )
+        return put_carry(carry, running, at)
 
-    return jax.lax.fori_loop(0, (used + tile - 1) // tile, query_tile, carry_HxT)
+    return lax.fori_loop(0, (used + tile - 1) // tile, query_tile, carry_HxT)

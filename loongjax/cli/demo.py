@@ -1,7 +1,8 @@
 """`make demo`: a chat model reads a long document on four emulated elastic instances.
 
-The document (Abraham Lincoln …) is too long for the pool of one instance: four instances read it
-together, the KV is retained on as few as hold it, and those go on to write the answer.
+The document (John F. Kennedy's message to Congress of 25 May 1961, up to the passage on space)
+is too long for the pool of one instance: four instances read it together, the KV is retained on
+as few as hold it, and those go on to write the answer.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ POOL_SLOTS = 4096  # for each instance: less than the document
 
 def main() -> None:
     """Runs the demo and prints what happened."""
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="  [%(message)s]")
+    logging.basicConfig(stream=sys.stderr, format="  [%(message)s]")
+    logging.getLogger("loongjax").setLevel(logging.INFO)
     document = resources.files("loongjax.cli").joinpath("demo_document.txt").read_text("utf-8")
     print(f"loongjax: the demo model on {INSTANCES} emulated elastic instances", flush=True)
     with LLM("demo", instances=INSTANCES, degrees=(1, 2, 4), pool_slots=POOL_SLOTS) as llm:
@@ -34,7 +36,7 @@ def main() -> None:
         print(f"  {QUESTION}\n", flush=True)
         started = time.monotonic()
         text = ""
-        for chunk in llm.stream(prompt, SamplingParams(temperature=0.0, max_tokens=96)):
+        for chunk in llm.stream(prompt, SamplingParams(temperature=0.0, max_tokens=32)):
             text += chunk.text or ""
             print(chunk.text, end="", flush=True)
         print(f"\n\nWhat happened, in {time.monotonic() - started:.1f} s:\n")

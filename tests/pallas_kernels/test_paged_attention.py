@@ -126,9 +126,7 @@ def stored(values: np.ndarray) -> np.ndarray:
 @lru_cache
 def compiled(shape: Shape):
     return jax.jit(
-        partial(
-            paged_attention, block_size=shape.block_size, scale=SCALE, decode=from_stored
-        )
+        partial(paged_attention, block_size=shape.block_size, scale=SCALE, decode=from_stored)
     )
 
 
@@ -206,6 +204,8 @@ def test_spread_queries_meet_their_own_kv_head_alone(heads, kv_heads):
         np.testing.assert_array_equal(gather_heads(spread[row], kv_heads), q[row])
 
 
-@pytest.mark.parametrize(("block_size", "entries"), [(1, 128), (3, 42), (16, 8), (128, 1), (512, 1)])
+@pytest.mark.parametrize(
+    ("block_size", "entries"), [(1, 128), (3, 42), (16, 8), (128, 1), (512, 1)]
+)
 def test_a_chunk_is_128_tokens_or_one_block(block_size, entries):
     assert chunk_entries(block_size) == entries

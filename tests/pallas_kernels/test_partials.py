@@ -91,9 +91,7 @@ def test_a_running_softmax_over_shares_equals_the_whole(owner, seed):
 def test_empty_shares_merge_to_exactly_nothing(at, seed):
     q, k, v = inputs(seed)
     visible, visible_of_shares = shared_out(seed, [at] * KEYS)
-    assert_same(
-        merge_shares(*attend_shares(q, k, v, visible_of_shares)), attend(q, k, v, visible)
-    )
+    assert_same(merge_shares(*attend_shares(q, k, v, visible_of_shares)), attend(q, k, v, visible))
 
 
 def test_only_empty_shares_merge_to_an_empty_one():

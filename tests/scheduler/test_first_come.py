@@ -9,7 +9,17 @@ import pytest
 
 from loongjax.cluster.topology import AlignedSlices, EverySubset, Neighbours
 from loongjax.errors import ConfigError
-from loongjax.plan import DecodeStep, PrefillStep, Topology, step_requests
+from loongjax.plan import (
+    DecodeStep,
+    InstanceView,
+    PrefillStep,
+    RequestView,
+    Share,
+    Snapshot,
+    Topology,
+    step_requests,
+)
+from loongjax.scheduler import validate
 from loongjax.scheduler.policies.first_come import FirstCome
 from tests.scheduler.virtual_engine import Job, VirtualEngine, decodes, prefills
 
@@ -406,6 +416,39 @@ def test_request_on_two_instances_is_not_kept_from_running_by_others_on_each() -
         it.plan()
         it.end_one()
     assert "wide" not in it.jobs or it.jobs["wide"].generated >= served + 7
+
+
+def test_who_has_no_room_does_not_keep_prompts_from_instances_that_others_could_free() -> None:
+    """`late` waits for memory of `early`, `early` would wait for instance 2, and that would be
+    kept for `prompt`: so `prompt` must not wait for `late`, whom a prompt on 1 has put off.
+    """
+    late = RequestView(
+        id="late", prompt=11, max_tokens=4, arrival=2.0, computed=12, generated=2, last_seq=1,
+        kv=(Share(0, 8), Share(1, 4)),
+    )  # fmt: skip
+    early = RequestView(
+        id="early", prompt=4, max_tokens=4, arrival=1.0, computed=6, generated=3, last_seq=6,
+        kv=(Share(1, 4), Share(2, 2)),
+    )  # fmt: skip
+    views = [(0, None, None), (0, None, 5), (6, None, 5), (8, 7, 7)]
+    snapshot = Snapshot(
+        version=0,
+        next_seq=8,
+        block_size=1,
+        max_chunk_tokens=64,
+        max_rows=4,
+        waiting=(RequestView(id="prompt", prompt=6, max_tokens=1, arrival=3.0),),
+        running=(early, late),
+        instances=tuple(
+            InstanceView(id=i, slots=8, free_slots=free, busy_seq=busy, prefill_seq=prompt)
+            for i, (free, busy, prompt) in enumerate(views)
+        ),
+        in_flight=frozenset(),
+        topology=Neighbours(4, (1, 2)),
+    )
+    plan = FirstCome(tokens_per_rank=3, headroom=0).schedule(0.0, snapshot)
+    validate(snapshot, plan)
+    assert [(step.group, step_requests(step)) for step in plan.steps] == [((1, 2), ("prompt",))]
 
 
 def test_overlapping_requests_take_turns_where_no_group_holds_both() -> None:

@@ -174,7 +174,7 @@ class Prompts:
         yield from sorted(
             groups,
             key=lambda group: (
-                len(ready.intersection(group)) * -1,
+                sum(i not in ready for i in group),
                 -sum(free[i] for i in group),
                 group,
             ),

@@ -1,0 +1,241 @@
+"""A chunk's attention to the KV that its requests have in the pool already, on one rank.
+
+The history of a request may lie on any of the group's instances, in any order. Two ways
+lead to the same numbers:
+
+  pass-Q   queries go to the keys: a tile of queries is gathered from all ranks, each rank
+           attends it to its own keys, and the partial results go back.
+  pass-KV  keys go to the queries: a tile of keys is gathered from all ranks, and each rank
+           attends its own queries to it.
+
+The host picks the one that moves fewer bytes (`history_trips`). Both are loops with run-time
+trip counts, so one program serves both, and history of any length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int32
+
+from loongjax.cluster.mesh import SP
+from loongjax.esp.decode import return_to_masters
+from loongjax.kvcache.pool import KVPool, from_stored
+from loongjax.programs.spec import Meta
+from pallas_kernels.paged_attention import Keys, chunk_entries, load_keys
+from pallas_kernels.partials import (
+    Carry,
+    Partial,
+    empty_carry,
+    finish,
+    fold_keys,
+    fold_partial,
+    put_carry,
+    slice_carry,
+)
+from pallas_kernels.striped_attention import tile_size
+
+Window = int | Int32[Array, ""] | None
+
+
+def history_trips(
+    *,
+    tokens: int,
+    entries: int,
+    kept_tokens: int,
+    degree: int,
+    query_bytes: int,
+    key_bytes: int,
+    bucket: int,
+) -> tuple[int, int]:
+    """Trips of the pass-Q loop and of the pass-KV loop: one of them is 0.
+
+    `tokens` are the step's new tokens of each rank, `entries` the work items (chunks of table
+    entries) of the rank with most history and `kept_tokens` its KV tokens; `query_bytes` are
+    moved for each query (q there, o and lse back), `key_bytes` for each key.
+    """
+    if entries == 0:
+        return 0, 0
+    pass_queries = degree * tokens * query_bytes < degree * kept_tokens * key_bytes
+    return (-(-tokens // tile_size(bucket)), 0) if pass_queries else (0, entries)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HistoryAttention:
+    """Folds the history of a step's chunks into a running softmax.
+
+    `meta` has, for each chunk: `chunk_begin` and `chunk_end`, its interval of local tokens,
+    `chunk_start`, its first position, and `history_start`, `history_entries`, where its
+    history stands in this rank's table. A chunk without history has no entries anywhere.
+    """
+
+    degree: int
+    block_size: int
+    scale: float
+    meta: Meta
+
+    def __call__(
+        self,
+        carry_HxT: Carry,
+        q_HxTxD: Float[Array, "H T D"],
+        pool: KVPool,
+        layer: int | Int32[Array, ""],
+        window: Window,
+    ) -> Carry:
+        """The carry with all history folded in."""
+        carry_HxT = self._pass_queries(carry_HxT, q_HxTxD, pool, layer, window)
+        return self._pass_keys(carry_HxT, q_HxTxD, pool, layer, window)
+
+    def _pass_queries(
+        self,
+        carry_HxT: Carry,
+        q_HxTxD: Float[Array, "H T D"],
+        pool: KVPool,
+        layer: int | Int32[Array, ""],
+        window: Window,
+    ) -> Carry:
+        heads, tokens, head_dim = q_HxTxD.shape
+        tile = tile_size(tokens)
+
+        def query_tile(i: Array, carry: Carry) -> Carry:
+            at = i * tile
+            q_HxQxD = lax.dynamic_slice_in_dim(q_HxTxD, at, tile, axis=1)
+            if self.degree > 1:  # rank-major: all ranks' queries with local indices at, at + 1, …
+                q_HxQxD = lax.all_gather(q_HxQxD, SP, axis=1, tiled=True)
+            local_Q = at + jnp.tile(jnp.arange(tile, dtype=jnp.int32), self.degree)
+            rank_Q = jnp.repeat(jnp.arange(self.degree, dtype=jnp.int32), tile)
+            first_chunk = jnp.sum(self.meta["chunk_end"] <= at, dtype=jnp.int32)
+            last_chunk = jnp.sum(self.meta["chunk_begin"] < at + tile, dtype=jnp.int32)
+
+            def chunk_keys(c: Array, partial: Carry) -> Carry:
+                def work_item(j: Array, running: Carry) -> Carry:
+                    keys = self._load(pool, c, j, layer)
+                    visible = self._visible(keys, c, local_Q, rank_Q, window)
+                    return self._fold(running, q_HxQxD, keys, visible)
+
+                return lax.fori_loop(0, self._work_items()[c], work_item, partial)
+
+            partial = empty_carry((heads, tile * self.degree), head_dim)
+            partial = finish(lax.fori_loop(first_chunk, last_chunk, chunk_keys, partial))
+            o, lse = return_to_masters(
+                Partial(partial.o.swapaxes(0, 1), partial.lse.swapaxes(0, 1)), self.degree
+            )
+            running = slice_carry(carry, at, tile)
+            for rank in range(self.degree):
+                returned = Partial(o[rank].swapaxes(0, 1), lse[rank].swapaxes(0, 1))
+                running = fold_partial(running, returned)
+            return put_carry(carry, running, at)
+
+        return lax.fori_loop(0, self.meta["query_trips"], query_tile, carry_HxT)
+
+    def _pass_keys(
+        self,
+        carry_HxT: Carry,
+        q_HxTxD: Float[Array, "H T D"],
+        pool: KVPool,
+        layer: int | Int32[Array, ""],
+        window: Window,
+    ) -> Carry:
+        tile = tile_size(q_HxTxD.shape[1])
+        ends_C = jnp.cumsum(self._work_items())
+        rank = lax.axis_index(SP) if self.degree > 1 else jnp.int32(0)
+
+        def work_item(w: Array, carry: Carry) -> Carry:
+            # Ranks have different numbers of items; beyond its last, a rank sends no valid key.
+            mine = jnp.minimum(w, ends_C[-1] - 1)
+            c = jnp.sum(ends_C <= mine, dtype=jnp.int32)
+            keys = self._load(pool, c, mine - (ends_C[c] - self._work_items()[c]), layer)
+            keys = keys._replace(valid_K=keys.valid_K & (w < ends_C[-1]))
+            c_n, keys_n = c[None], Keys(*(leaf[None] for leaf in keys))
+            if self.degree > 1:
+                c_n = lax.all_gather(c, SP)
+                keys_n = Keys(*(lax.all_gather(leaf, SP) for leaf in keys))
+            for source in range(self.degree):
+                carry = self._fold_arrived(
+                    carry,
+                    q_HxTxD,
+                    Keys(*(leaf[source] for leaf in keys_n)),
+                    c_n[source],
+                    rank,
+                    tile,
+                    window,
+                )
+            return carry
+
+        return lax.fori_loop(0, self.meta["key_trips"], work_item, carry_HxT)
+
+    def _fold_arrived(
+        self,
+        carry_HxT: Carry,
+        q_HxTxD: Float[Array, "H T D"],
+        keys: Keys,
+        c: Int32[Array, ""],
+        rank: Int32[Array, ""],
+        tile: int,
+        window: Window,
+    ) -> Carry:
+        """Folds a tile of chunk c's keys into this rank's queries of that chunk."""
+
+        def query_tile(i: Array, carry: Carry) -> Carry:
+            at = i * tile
+            local_Q = at + jnp.arange(tile, dtype=jnp.int32)
+            visible = self._visible(keys, c, local_Q, jnp.full(tile, rank), window)
+            q_HxQxD = lax.dynamic_slice_in_dim(q_HxTxD, at, tile, axis=1)
+            running = self._fold(slice_carry(carry, at, tile), q_HxQxD, keys, visible)
+            return put_carry(carry, running, at)
+
+        begin, end = self.meta["chunk_begin"][c], self.meta["chunk_end"][c]
+        first, last = begin // tile, (end + tile - 1) // tile
+        return lax.fori_loop(
+            first, jnp.where(keys.valid_K.any(), last, first), query_tile, carry_HxT
+        )
+
+    def _work_items(self) -> Int32[Array, " C"]:
+        step = chunk_entries(self.block_size)
+        return (self.meta["history_entries"] + step - 1) // step
+
+    def _load(
+        self, pool: KVPool, c: Int32[Array, ""], item: Int32[Array, ""], layer: int | Array
+    ) -> Keys:
+        first = item * chunk_entries(self.block_size)
+        return load_keys(
+            pool.k,
+            pool.v,
+            pool.table,
+            self.meta["history_start"][c] + first,
+            self.meta["history_entries"][c] - first,
+            layer=layer,
+            block_size=self.block_size,
+            decode=from_stored,
+        )
+
+    def _visible(
+        self,
+        keys: Keys,
+        c: Int32[Array, ""],
+        local_Q: Int32[Array, " Q"],
+        rank_Q: Int32[Array, " Q"],
+        window: Window,
+    ) -> Bool[Array, "Q K"]:
+        """All of its history is visible to a chunk's query, save what its window hides."""
+        begin, start = self.meta["chunk_begin"][c], self.meta["chunk_start"][c]
+        in_chunk = (local_Q >= begin) & (local_Q < self.meta["chunk_end"][c])
+        # The pool may hold tokens of this very chunk: they were kept in layers' ring steps.
+        visible = in_chunk[:, None] & (keys.valid_K & (keys.position_K < start))
+        if window is None:
+            return visible
+        position_Q = start + rank_Q + self.degree * (local_Q - begin)
+        return visible & (keys.position_K > (position_Q - window)[:, None])
+
+    def _fold(
+        self,
+        running: Carry,
+        q_HxQxD: Float[Array, "H Q D"],
+        keys: Keys,
+        visible_QxK: Bool[Array, "Q K"],
+    ) -> Carry:
+        head_dim = q_HxQxD.shape[2]
+        k, v = (x.reshape(len(x), -1, head_dim).swapaxes(0, 1) for x in (keys.k_KxX, keys.v_KxX))
+        return fold_keys(running, q_HxQxD, k, v, visible_QxK, self.scale)
