@@ -57,7 +57,8 @@ class Topology(Protocol):
         degree: int = 1,
     ) -> Group | None:
         """The smallest group of at least `degree` that holds all of `instances` and uses
-        none outside `allowed` (None: any); None if there is no such group."""
+        none outside `allowed` (None: any); None if there is no such group.
+        """
         ...
 
 

@@ -16,7 +16,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from loongjax.cluster.mesh import SP
-from loongjax.esp.prefill import Window
+from loongjax.esp.history import Window
+from loongjax.esp.partials import return_to_masters
 from loongjax.esp.sampling import sample_rows
 from loongjax.kvcache.pool import KVPool, from_stored, to_stored
 from loongjax.models.decoder import Decoder
@@ -79,17 +80,6 @@ class PooledAttention:
         own = attend_to_self(q_TxHxD, k_TxGxD, v_TxGxD, scale)
         merged = merge(jnp.concatenate([o, own.o[None]]), jnp.concatenate([lse, own.lse[None]]))
         return merged.o.astype(q_TxHxD.dtype), pool
-
-
-def return_to_masters(
-    local: Partial, degree: int
-) -> tuple[Float[Array, "n R H D"], Float[Array, "n R H"]]:
-    """Each rank's partials for all rows of the group become all ranks' partials for its own."""
-    packed = jnp.concatenate([local.o, local.lse[..., None]], axis=-1)
-    packed = packed.reshape(degree, -1, *packed.shape[1:])
-    if degree > 1:
-        packed = lax.all_to_all(packed, SP, split_axis=0, concat_axis=0)
-    return packed[..., :-1], packed[..., -1]
 
 
 def attend_to_self(

@@ -15,13 +15,14 @@ trip counts, so one program serves both, and history of any length.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
 from loongjax.cluster.mesh import SP
-from loongjax.esp.decode import return_to_masters
+from loongjax.esp.partials import return_to_masters
 from loongjax.kvcache.pool import KVPool, from_stored
 from loongjax.programs.spec import Meta
 from pallas_kernels.paged_attention import Keys, chunk_entries, load_keys
@@ -40,26 +41,25 @@ from pallas_kernels.striped_attention import tile_size
 Window = int | Int32[Array, ""] | None
 
 
-def history_trips(
-    *,
-    tokens: int,
-    entries: int,
-    kept_tokens: int,
-    degree: int,
-    query_bytes: int,
-    key_bytes: int,
-    bucket: int,
-) -> tuple[int, int]:
-    """Trips of the pass-Q loop and of the pass-KV loop: one of them is 0.
+class Trips(NamedTuple):
+    """Trips of the pass-Q loop and of the pass-KV loop; at least one of them is 0."""
 
-    `tokens` are the step's new tokens of each rank, `entries` the work items (chunks of table
-    entries) of the rank with most history and `kept_tokens` its KV tokens; `query_bytes` are
-    moved for each query (q there, o and lse back), `key_bytes` for each key.
+    query: int
+    key: int
+
+
+def history_trips(
+    *, tokens: int, bucket: int, items: int, item_tokens: int, query_bytes: int, key_bytes: int
+) -> Trips:
+    """Which way a step takes, by the bytes that each rank receives from each other.
+
+    `tokens` are the new tokens of each rank, in a program of `bucket`; `items` the work items
+    of the rank with most history, of `item_tokens` keys each. A query moves `query_bytes`
+    (q there, o and lse back), a key `key_bytes`.
     """
-    if entries == 0:
-        return 0, 0
-    pass_queries = degree * tokens * query_bytes < degree * kept_tokens * key_bytes
-    return (-(-tokens // tile_size(bucket)), 0) if pass_queries else (0, entries)
+    if tokens * query_bytes < items * item_tokens * key_bytes:
+        return Trips(query=-(-tokens // tile_size(bucket)), key=0)
+    return Trips(query=0, key=items)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,6 @@ class HistoryAttention:
 
     degree: int
     block_size: int
-    scale: float
     meta: Meta
 
     def __call__(
@@ -117,8 +116,8 @@ class HistoryAttention:
 
                 return lax.fori_loop(0, self._work_items()[c], work_item, partial)
 
-            partial = empty_carry((heads, tile * self.degree), head_dim)
-            partial = finish(lax.fori_loop(first_chunk, last_chunk, chunk_keys, partial))
+            nothing = empty_carry((heads, tile * self.degree), head_dim)
+            partial = finish(lax.fori_loop(first_chunk, last_chunk, chunk_keys, nothing))
             o, lse = return_to_masters(
                 Partial(partial.o.swapaxes(0, 1), partial.lse.swapaxes(0, 1)), self.degree
             )
@@ -238,4 +237,4 @@ class HistoryAttention:
     ) -> Carry:
         head_dim = q_HxQxD.shape[2]
         k, v = (x.reshape(len(x), -1, head_dim).swapaxes(0, 1) for x in (keys.k_KxX, keys.v_KxX))
-        return fold_keys(running, q_HxQxD, k, v, visible_QxK, self.scale)
+        return fold_keys(running, q_HxQxD, k, v, visible_QxK, head_dim**-0.5)

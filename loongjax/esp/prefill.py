@@ -16,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from loongjax.cluster.mesh import SP
+from loongjax.esp.history import HistoryAttention, Window
 from loongjax.esp.sampling import sample_rows
 from loongjax.kvcache.pool import KVPool, to_stored
 from loongjax.models.decoder import Decoder
@@ -24,8 +25,6 @@ from pallas_kernels.kv_write import kv_write
 from pallas_kernels.partials import empty_carry, finish
 from pallas_kernels.striped_attention import fold_stripe
 
-Window = int | Int32[Array, ""] | None
-
 
 @dataclass(frozen=True, kw_only=True)
 class RingAttention:
@@ -33,6 +32,7 @@ class RingAttention:
 
     degree: int
     meta: Meta
+    history: HistoryAttention | None
 
     def __call__(
         self,
@@ -77,6 +77,8 @@ class RingAttention:
                 # Ties each hop to the fold beside it. Left alone, XLA lets hops run ahead
                 # of the folds that should hide them, and keeps all stripes in memory.
                 kv_TxXxD, carry = lax.optimization_barrier((arriving, carry))
+        if self.history is not None:
+            carry = self.history(carry, q_HxTxD, pool, layer, window)
         return finish(carry).o.transpose(1, 0, 2).astype(q_TxHxD.dtype), pool
 
 
@@ -103,15 +105,25 @@ def first_visible(
 
 
 def prefill(
-    weights: dict, pool: KVPool, meta: Meta, *, decoder: Decoder, degree: int
+    weights: dict,
+    pool: KVPool,
+    meta: Meta,
+    *,
+    decoder: Decoder,
+    degree: int,
+    block_size: int,
+    with_history: bool,
 ) -> tuple[KVPool, Int32[Array, " rows"]]:
     """Computes one rank's stripe of a prefill step; returns the pool and sampled tokens.
+
+    `with_history` for chunks whose requests have KV in the pool already.
 
     A row may be sampled on another rank than the one with the prompt's last token: the
     hidden states of those tokens are scattered over the ranks, so that the output
     projection is not done n times.
     """
-    attend = RingAttention(degree=degree, meta=meta)
+    history = HistoryAttention(degree=degree, block_size=block_size, meta=meta)
+    attend = RingAttention(degree=degree, meta=meta, history=history if with_history else None)
     params = {"params": weights}
     x_TxM, pool = decoder.apply(params, meta["token"], meta["position"], attend, pool)
     index_A = meta["sample_index"]

@@ -6,17 +6,19 @@ the step's group; see `loongjax.programs.spec.meta_layout` for the fields.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int32
 
+from loongjax.esp.history import Trips
 from loongjax.executor.protocol import RequestInput
 from loongjax.kvcache.messages import DecodeSlots, PrefillSlots
 from loongjax.kvcache.tables import BlockTable
 from loongjax.plan import Chunk, DecodeStep, InstanceId, PrefillStep, RequestId
 from loongjax.programs.spec import ProgramSpec, meta_layout
+from pallas_kernels.paged_attention import chunk_entries
 
 NO_TOKEN = -1
 
@@ -102,6 +104,40 @@ def prefill_inputs(
         field["used"][...] = used
         field["rows_used"][...] = -(-len(rows) // degree)
     return StepInputs(meta=meta, rows=tuple(rows))
+
+
+def add_history(
+    spec: ProgramSpec,
+    step: PrefillStep,
+    inputs: StepInputs,
+    tables: Sequence[BlockTable],
+    trips: Callable[[int, int], Trips],
+) -> None:
+    """Adds what an extend step needs to know of its chunks' history.
+
+    `tables[rank]` are the block tables of the group, without the chunks' own entries;
+    `trips` decides the way from the new tokens and the most work items of a rank.
+    """
+    layout = meta_layout(spec)
+    fields = [layout.views(vector) for vector in inputs.meta]
+    used = 0
+    items = [0] * spec.degree
+    for c, chunk in enumerate(step.chunks):
+        end = used + stripe_tokens(chunk.length, spec.degree)
+        for rank, (field, table) in enumerate(zip(fields, tables, strict=True)):
+            start, entries = table.region(chunk.request)
+            field["chunk_begin"][c], field["chunk_end"][c] = used, end
+            field["chunk_start"][c] = chunk.start
+            field["history_start"][c], field["history_entries"][c] = start, entries
+            items[rank] += -(-entries // chunk_entries(table.block_size))
+        used = end
+    chosen = trips(used, max(items))
+    for field in fields:
+        # Unused chunks begin and end behind all queries.
+        field["chunk_begin"][len(step.chunks) :] = field["chunk_end"][len(step.chunks) :] = (
+            spec.bucket
+        )
+        field["query_trips"][...], field["key_trips"][...] = chosen
 
 
 def _stripe(

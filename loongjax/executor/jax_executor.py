@@ -13,16 +13,19 @@ import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
 from loongjax.cluster.mesh import DeviceGrid
+from loongjax.esp.history import Trips, history_trips
 from loongjax.executor.device_memory import DeviceMemory
 from loongjax.executor.inputs import (
     StepInputs,
     TokenLog,
+    add_history,
     decode_inputs,
     prefill_inputs,
     stripe_tokens,
@@ -177,8 +180,9 @@ class JaxExecutor:
         placement = None if self._rebindable else step.group
         if isinstance(step, PrefillStep):
             local = sum(stripe_tokens(chunk.length, degree) for chunk in step.chunks)
+            extends = any(chunk.start for chunk in step.chunks)
             return ProgramSpec(
-                kind="prefill",
+                kind="extend" if extends else "prefill",
                 degree=degree,
                 bucket=chunk_bucket(local),
                 rows=self._limits.max_rows,
@@ -199,6 +203,10 @@ class JaxExecutor:
         match step, slots:
             case PrefillStep(), PrefillSlots():
                 inputs = prefill_inputs(spec, step, slots, self._logs, trash)
+                if spec.kind == "extend":
+                    self._send_tables(group)
+                    tables = [self._tables[instance] for instance in group]
+                    add_history(spec, step, inputs, tables, partial(self._trips, spec))
                 previous: tuple[jax.Array, ...] = ()
                 for share in slots.shares:
                     self._tables[share.instance].append(share.request, share.entries)
@@ -239,6 +247,25 @@ class JaxExecutor:
                 self.memory.replace_table(instance, self._whole_table(table))
             else:
                 field[: len(batch.updates)] = batch.updates
+
+    def _send_tables(self, group: Group) -> None:
+        """Sends the block tables that changed, whole."""
+        for instance in group:
+            table = self._tables[instance]
+            if table.take_updates(0) is not None:
+                self.memory.replace_table(instance, self._whole_table(table))
+
+    def _trips(self, spec: ProgramSpec, tokens: int, items: int) -> Trips:
+        c, itemsize = self._shapes.config, np.dtype(self._shapes.dtype).itemsize
+        block_size = self._shapes.block_size
+        return history_trips(
+            tokens=tokens,
+            bucket=spec.bucket,
+            items=items,
+            item_tokens=chunk_entries(block_size) * block_size,
+            query_bytes=c.heads * (c.head_dim * itemsize + (c.head_dim + 1) * 4),
+            key_bytes=2 * c.kv_heads * c.head_dim * itemsize,
+        )
 
     def _whole_table(self, table: BlockTable) -> np.ndarray:
         rows = np.zeros((self._shapes.table_entries, 3), np.int32)

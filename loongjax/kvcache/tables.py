@@ -58,6 +58,7 @@ class BlockTable:
 
     Attributes:
       capacity: Rows of the table.
+      block_size: Tokens per block.
       entries: int32 [capacity, 3] of `(slot, position, count)`; not to be written.
     """
 
@@ -65,7 +66,7 @@ class BlockTable:
         """An empty table; `required_capacity` tells how many rows it needs."""
         self.capacity = capacity
         self.entries: Int32[np.ndarray, "capacity 3"] = np.zeros((capacity, 3), np.int32)
-        self._block_size = block_size
+        self.block_size = block_size
         self._regions: dict[RequestId, _Region] = {}
         self._free: dict[int, list[int]] = {}  # starts of free regions, by size
         self._end = 0  # no region reaches this row
@@ -100,7 +101,7 @@ class BlockTable:
         continues = (
             slot == region.next_slot
             and position == region.next_position
-            and slot % self._block_size != 0
+            and slot % self.block_size != 0
         )
         length = region.length + added - continues
         if length > region.size:

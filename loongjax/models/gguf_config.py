@@ -179,7 +179,8 @@ def _rope_scaling(keys: _Keys) -> dict[str, Any] | None:
 
 def _bos(file: GgufFile) -> int | None:
     """The token put before a raw prompt. A file that does not say follows its vocabulary:
-    SentencePiece ones and Llama 3's begin with it, other BPE ones do not."""
+    SentencePiece ones and Llama 3's begin with it, other BPE ones do not.
+    """
     model = file.metadata.get("tokenizer.ggml.model")
     habit = model == "llama" or file.metadata.get("tokenizer.ggml.pre") == "llama-bpe"
     adds = file.metadata.get("tokenizer.ggml.add_bos_token", habit)

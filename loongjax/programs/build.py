@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +86,7 @@ def argument_shapes(spec: ProgramSpec, shapes: ProgramShapes, mesh: Mesh) -> tup
     pool = jax.tree.map(on_mesh, shapes.pool_shapes(spec.degree), POOL_SPECS)
     size = meta_layout(spec).size
     meta = on_mesh(jax.ShapeDtypeStruct((spec.degree, size), jnp.int32), META_SPEC)
-    if spec.kind == "prefill":
+    if spec.kind != "decode":
         return weights, pool, meta
     tokens = jax.ShapeDtypeStruct((spec.degree * spec.rows,), jnp.int32)
     return weights, pool, meta, on_mesh(tokens, TOKEN_SPEC)
@@ -96,15 +97,19 @@ def lower(spec: ProgramSpec, shapes: ProgramShapes, mesh: Mesh) -> jax.stages.Lo
     arguments = argument_shapes(spec, shapes, mesh)
     layout = meta_layout(spec)
     decoder = Decoder(shapes.config, shapes.tp)
-    if spec.kind == "prefill":
-        body = partial(prefill, decoder=decoder, degree=spec.degree)
-    else:
-        body = partial(decode, decoder=decoder, degree=spec.degree, block_size=shapes.block_size)
+    body: Callable[..., tuple[KVPool, jax.Array]] = prefill if spec.kind != "decode" else decode
+    options: dict[str, Any] = {
+        "decoder": decoder,
+        "degree": spec.degree,
+        "block_size": shapes.block_size,
+    }
+    if spec.kind != "decode":
+        options["with_history"] = spec.kind == "extend"
 
     def on_rank(
         weights: Tree, pool: KVPool, meta_1xM: jax.Array, *previous: jax.Array
     ) -> tuple[KVPool, jax.Array]:
-        return body(weights, pool, layout.views(meta_1xM[0]), *previous)
+        return body(weights, pool, layout.views(meta_1xM[0]), *previous, **options)
 
     in_specs = jax.tree.map(lambda argument: argument.sharding.spec, arguments)
     program = jax.shard_map(

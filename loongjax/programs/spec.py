@@ -12,9 +12,12 @@ from jaxtyping import Array, Int32
 
 from loongjax.plan import Group
 
-Kind: TypeAlias = Literal["prefill", "decode"]
+Kind: TypeAlias = Literal["prefill", "extend", "decode"]
 
 _Vector = TypeVar("_Vector", np.ndarray, Array)
+
+
+_CHUNK_FIELDS = ("chunk_begin", "chunk_end", "chunk_start", "history_start", "history_entries")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, order=True)
@@ -22,7 +25,8 @@ class ProgramSpec:
     """One compiled program.
 
     Attributes:
-      kind: What it does.
+      kind: `prefill` computes chunks that begin their requests, `extend` such with history,
+        `decode` one token for each row.
       degree: Instances of the groups it runs on.
       bucket: Local tokens of each rank (prefill), or rows of each rank (decode).
       rows: Rows of each rank that sample a token.
@@ -76,6 +80,10 @@ def meta_layout(spec: ProgramSpec) -> MetaLayout:
     `sample_index` [n * rows], the local index of the token whose successor a row samples,
     or -1 where another rank has it.
 
+    Extend: as prefill and, for up to `rows` chunks in local order, `chunk_begin`, `chunk_end`,
+    `chunk_start`, `history_start`, `history_entries`; `query_trips` and `key_trips` (see
+    `loongjax.esp.history`).
+
     Decode, R rows for each rank and A = n * R in the group: `token` and `source` of this
     rank's rows (source >= 0 takes the token from the last step's output instead); for all
     rows of the group: `position`, the `write` slot here, `start` and `entries` in this
@@ -88,18 +96,20 @@ def meta_layout(spec: ProgramSpec) -> MetaLayout:
         "sample_position": (rows,),
         "rows_used": (),
     }
-    if spec.kind == "prefill":
-        return MetaLayout(
-            {
-                "token": (size,),
-                "position": (size,),
-                "first": (size,),
-                "keep": (n, size),
-                "used": (),
-                "sample_index": (n * rows,),
-                **sampling,
-            }
-        )
+    if spec.kind != "decode":
+        fields: dict[str, tuple[int, ...]] = {
+            "token": (size,),
+            "position": (size,),
+            "first": (size,),
+            "keep": (n, size),
+            "used": (),
+            "sample_index": (n * rows,),
+            **sampling,
+        }
+        if spec.kind == "extend":
+            fields |= dict.fromkeys(_CHUNK_FIELDS, (rows,))
+            fields |= {"query_trips": (), "key_trips": ()}
+        return MetaLayout(fields)
     group_rows = n * rows
     return MetaLayout(
         {

@@ -31,7 +31,9 @@ def sample(
             return jax.random.gumbel(key, logits_RxV.shape[-1:], jnp.float32)
 
         divisor_R = jnp.where(temperature_R > 0, temperature_R, 1.0)
-        noisy_RxV = logits_RxV / divisor_R[:, None] + jax.vmap(noise)(seed_R, position_R)
+        # From the largest down: logits over a tiny temperature overflow, and all look alike.
+        below_RxV = logits_RxV - logits_RxV.max(-1, keepdims=True)
+        noisy_RxV = below_RxV / divisor_R[:, None] + jax.vmap(noise)(seed_R, position_R)
         drawn_R = jnp.argmax(noisy_RxV, axis=-1).astype(jnp.int32)
         return jnp.where(temperature_R > 0, drawn_R, greedy_R)
 

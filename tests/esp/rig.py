@@ -111,6 +111,20 @@ class Rig:
         )
         return self._run(step)
 
+    def extend(
+        self, group: Group, chunks: Sequence[Chunk], keep: Mapping[str, Mapping[int, int]]
+    ) -> StepResult:
+        """Computes chunks, of which some or all have history; `keep` as in `prefill`."""
+        placements = tuple(
+            Placement(
+                request=chunk.request,
+                shares=tuple(Share(i, n) for i, n in keep[chunk.request].items() if n),
+            )
+            for chunk in chunks
+        )
+        step = PrefillStep(seq=self._next(), group=group, chunks=tuple(chunks), keep=placements)
+        return self._run(step)
+
     def decode(self, group: Group, rows: Sequence[DecodeRow]) -> StepResult:
         """One decode step."""
         return self._run(DecodeStep(seq=self._next(), group=group, rows=tuple(rows)))

@@ -103,7 +103,7 @@ def fields_of(spec: ProgramSpec, inputs: StepInputs) -> list[dict[str, np.ndarra
     return [meta_layout(spec).views(vector) for vector in inputs.meta]
 
 
-def check_sampling(spec, fields, rows, logs, position_of) -> None:
+def check_sampling(spec, fields, rows, position_of) -> None:
     """Each row's parameters stand at its place and nowhere else."""
     places = [place for _, place in rows]
     assert len(set(places)) == len(places)
@@ -162,7 +162,7 @@ def test_prefill_inputs_equal_their_definition(data):
         rank, local = place_of_token[name, ends[name].length - 1]
         index[rank, place] = local
     np.testing.assert_array_equal([field["sample_index"] for field in fields], index)
-    check_sampling(spec, fields, inputs.rows, case.logs, lambda name: len(case.tokens[name]))
+    check_sampling(spec, fields, inputs.rows, lambda name: len(case.tokens[name]))
 
 
 @settings(max_examples=60)
@@ -221,7 +221,7 @@ def test_decode_inputs_equal_their_definition(data):
     for name, values in wanted.items():
         np.testing.assert_array_equal([field[name] for field in fields], values, err_msg=name)
     position_of = dict(zip(logs, positions, strict=True))
-    check_sampling(spec, fields, inputs.rows, logs, lambda name: position_of[name] + 1)
+    check_sampling(spec, fields, inputs.rows, lambda name: position_of[name] + 1)
 
 
 @given(length=st.integers(1, 1000), degree=st.integers(1, 8))

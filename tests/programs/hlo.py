@@ -13,14 +13,15 @@ _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = (?P<result>\([^)]*\)|\S+) 
 _ARRAY = re.compile(r"\b(?P<dtype>[a-z]+\d*)\[(?P<dims>[\d,]*)\]")
 
 # These give a buffer another name, or write into the one they are given.
-_IN_PLACE = frozenset(
-    "parameter get-tuple-element tuple bitcast while conditional call fusion "
-    "opt-barrier scatter dynamic-update-slice".split()
-)
-_COLLECTIVES = frozenset(
-    "all-gather all-reduce all-to-all ragged-all-to-all collective-broadcast collective-permute "
-    "reduce-scatter send recv".split()
-)
+_IN_PLACE = {
+    *("parameter", "get-tuple-element", "tuple", "bitcast", "opt-barrier"),
+    *("while", "conditional", "call", "fusion"),
+    *("scatter", "dynamic-update-slice"),
+}
+_COLLECTIVES = {
+    *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
+    *("collective-permute", "collective-broadcast", "send", "recv"),
+}
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def test_a_rebound_program_gives_the_same_in_place_on_its_own_devices(serialized
         wanted = np.zeros((2, *SHARD), np.float32)
         wanted[:, 1:3] = np.asarray(rows).reshape(2, 2, 3)[::-1]
         np.testing.assert_array_equal(after, wanted.reshape(after.shape))
-        np.testing.assert_array_equal(sums, wanted.sum((1, 2)) + [0, 100])
+        np.testing.assert_array_equal(sums, wanted.sum((1, 2)) + np.array([0, 100]))
 
 
 def test_groups_of_one_program_run_side_by_side(serialized):

@@ -66,6 +66,31 @@ def run_until(it: VirtualEngine, name: str, generated: int) -> None:
         it.end_one()
 
 
+def snapshot_of(
+    topology: Topology,
+    instances: list[tuple[int, int | None, int | None]],
+    *,
+    running: tuple[RequestView, ...],
+    waiting: tuple[RequestView, ...] = (),
+) -> Snapshot:
+    """Instances of 8 slots, as (free slots, busy_seq, prefill_seq)."""
+    return Snapshot(
+        version=0,
+        next_seq=8,
+        block_size=1,
+        max_chunk_tokens=64,
+        max_rows=4,
+        waiting=waiting,
+        running=running,
+        instances=tuple(
+            InstanceView(id=i, slots=8, free_slots=free, busy_seq=busy, prefill_seq=prompt)
+            for i, (free, busy, prompt) in enumerate(instances)
+        ),
+        in_flight=frozenset(),
+        topology=topology,
+    )
+
+
 # ---- degree --------------------------------------------------------------------------
 
 
@@ -127,6 +152,7 @@ def test_put_off_decodes_run_even_on_instances_that_are_kept_for_a_prompt() -> N
     assert [step_requests(step) for step in it.plan()] == [("wide",)]
     it.end_one()
     assert [step_requests(step) for step in it.plan()] == [("long",)]
+    assert it.preempted == []
 
 
 def test_prompt_begins_only_where_it_can_end() -> None:
@@ -281,16 +307,25 @@ def test_more_requests_than_rows_take_turns() -> None:
     assert counts[-1] - counts[0] <= 1
 
 
+def test_groups_are_filled_up_with_instances_that_nobody_needs() -> None:
+    fields = {"prompt": 2, "max_tokens": 4, "arrival": 0.0, "computed": 2, "generated": 1}
+    one = RequestView(id="one", kv=(Share(2, 2),), last_seq=1, **fields)
+    other = RequestView(id="other", kv=(Share(0, 2),), last_seq=2, **fields)
+    instances = [(6, None, None), (8, None, None), (6, None, None), (8, None, None)]
+    snapshot = snapshot_of(EverySubset(4, (2,)), instances, running=(one, other))
+    plan = FirstCome().schedule(0.0, snapshot)
+    validate(snapshot, plan)
+    assert [step_requests(step) for step in plan.steps] == [("one",), ("other",)]
+
+
 def test_group_grows_for_rows() -> None:
-    it = engine(4, max_rows=2)
-    for i in range(3):
-        submit(it, f"r{i}", 2)
-    submit(it, "x", 2, tokens=9)
-    begin(it, "r0", "r1", "r2", "x")
-    for name in ("r1", "r2", "x"):
-        assert len(homes(it, name)) == 1
-    step = decodes(it.plan())
-    assert sum(len(each.rows) for each in step) == 4
+    fields = {"prompt": 1, "max_tokens": 3, "arrival": 0.0, "computed": 1, "generated": 1}
+    views = tuple(RequestView(id=f"r{i}", kv=(Share(0, 1),), **fields) for i in range(5))
+    instances = [(3, None, None), (8, None, None)]
+    snapshot = snapshot_of(EverySubset(2), instances, running=views)
+    (step,) = FirstCome().schedule(0.0, snapshot).steps
+    assert step.group == (0, 1)  # a rank has 4 rows
+    assert len(step.rows) == 5
 
 
 def test_token_stays_in_the_partly_filled_block() -> None:
@@ -378,6 +413,17 @@ def test_request_too_long_to_be_computed_anew_is_granted_all_it_needs() -> None:
     assert it.fullest == 13
 
 
+def test_nobody_is_given_up_while_waiting_helps() -> None:
+    it = engine(1, slots=8, block_size=4, max_chunk_tokens=3)
+    submit(it, "old", 1, tokens=8)
+    it.plan()
+    it.end_one()
+    submit(it, "young", 1, tokens=4)  # too long to be computed anew when `old` lacks room
+    it.run()
+    assert it.preempted == []
+    assert it.finished == ["young", "old"]
+
+
 def test_last_resort_is_to_give_up_the_last_in_line() -> None:
     """One-token prompts are not admitted by memory; here none can be computed anew."""
     it = engine(1, slots=10, headroom=0, max_chunk_tokens=3, block_size=1)
@@ -430,21 +476,11 @@ def test_who_has_no_room_does_not_keep_prompts_from_instances_that_others_could_
         id="early", prompt=4, max_tokens=4, arrival=1.0, computed=6, generated=3, last_seq=6,
         kv=(Share(1, 4), Share(2, 2)),
     )  # fmt: skip
-    views = [(0, None, None), (0, None, 5), (6, None, 5), (8, 7, 7)]
-    snapshot = Snapshot(
-        version=0,
-        next_seq=8,
-        block_size=1,
-        max_chunk_tokens=64,
-        max_rows=4,
-        waiting=(RequestView(id="prompt", prompt=6, max_tokens=1, arrival=3.0),),
+    snapshot = snapshot_of(
+        Neighbours(4, (1, 2)),
+        [(0, None, None), (0, None, 5), (6, None, 5), (8, 7, 7)],
         running=(early, late),
-        instances=tuple(
-            InstanceView(id=i, slots=8, free_slots=free, busy_seq=busy, prefill_seq=prompt)
-            for i, (free, busy, prompt) in enumerate(views)
-        ),
-        in_flight=frozenset(),
-        topology=Neighbours(4, (1, 2)),
+        waiting=(RequestView(id="prompt", prompt=6, max_tokens=1, arrival=3.0),),
     )
     plan = FirstCome(tokens_per_rank=3, headroom=0).schedule(0.0, snapshot)
     validate(snapshot, plan)

@@ -1,0 +1,82 @@
+"""Emulated devices come before jax starts, or the error says what to run. In fresh processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PREPARE = "from loongjax.cluster.emulation import prepare_devices; prepare_devices"
+COUNT = "import jax; print(len(jax.devices()), jax.default_backend())"
+
+
+def run(script: str, **environment: str) -> subprocess.CompletedProcess:
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("NPROC", "JAX_NUM_CPU_DEVICES", "XLA_FLAGS")
+    }
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=inherited | {"JAX_PLATFORMS": "cpu"} | environment,
+    )
+
+
+def output_of(script: str, **environment: str) -> str:
+    done = run(script, **environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_a_fresh_process_gets_its_devices_and_some_to_spare():
+    check = "import os; assert os.environ['NPROC'] == '64'"
+    assert output_of(f"{PREPARE}(4); {check}; {COUNT}") == "8 cpu"
+    assert output_of(f"{PREPARE}(12); {COUNT}") == "12 cpu"
+
+
+def test_instances_work_together_in_a_fresh_process():
+    script = f"""{PREPARE}(4)
+import jax, jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from loongjax.cluster.mesh import SP, GroupMeshes, device_grid
+mesh = GroupMeshes(device_grid(4, 1))[0, 1, 2, 3]
+total = jax.shard_map(lambda x: jax.lax.psum(x, SP), mesh=mesh, in_specs=P(SP), out_specs=P())
+print(total(jnp.arange(4.0)))"""
+    assert output_of(script) == "[6.]"
+
+
+def test_more_than_one_engine_may_ask():
+    assert output_of(f"{PREPARE}(4); {COUNT}; prepare_devices(8)") == "8 cpu"
+
+
+def test_one_instance_is_always_there():
+    assert output_of(f"import jax; jax.devices(); {PREPARE}(1); {COUNT}") == "1 cpu"
+
+
+@pytest.mark.parametrize(
+    ("environment", "needed", "have"),
+    [
+        ({}, 4, 1),
+        ({"JAX_NUM_CPU_DEVICES": "2", "NPROC": "64"}, 4, 2),
+        ({"JAX_NUM_CPU_DEVICES": "4"}, 4, 4),  # devices enough, but a small pool of threads
+        ({"JAX_NUM_CPU_DEVICES": "8"}, 12, 8),
+    ],
+)
+def test_jax_that_started_before_is_an_error_that_says_what_to_run(environment, needed, have):
+    done = run(f"import jax; jax.devices(); {PREPARE}({needed})", **environment)
+    assert done.returncode != 0
+    (message,) = re.findall(r"BackendStartedError: (.*)", done.stderr)
+    assert f"jax started with {have} CPU device(s) before" in message
+    assert f"{needed} emulated instance device(s)" in message
+    assert "Create the LLM before other code uses jax" in message
+    recipe = message.split("run first: ")[1]
+    script = f"{recipe}\nimport jax; jax.devices(); {PREPARE}({needed}); {COUNT}"
+    assert output_of(script, **environment) == f"{max(needed, 8)} cpu"
