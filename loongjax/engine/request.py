@@ -24,6 +24,7 @@ class Request:
       stop_ids: Tokens that end it.
       generated: Tokens produced so far.
       in_flight: The step that works on it, or None.
+      last_seq: The newest step that worked on it, or None.
       failures: Failed steps that cost it its KV.
       ended: It has an end, though a step may still work on it.
       first_scheduled, first_token: For `Timings`.
@@ -33,6 +34,7 @@ class Request:
     stop_ids: frozenset[int]
     generated: list[int] = field(default_factory=list)
     in_flight: int | None = None
+    last_seq: int | None = None
     failures: int = 0
     ended: bool = False
     first_scheduled: float | None = None
@@ -83,6 +85,7 @@ class Request:
                 tail=allocator.tail(self.id),
                 deadline=request.deadline,
                 priority=request.priority,
+                last_seq=self.last_seq,
             )
         return self._view
 

@@ -7,12 +7,16 @@ The loop alone touches it, save `published`, which any thread may read.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from loongjax.engine.request import Request
 from loongjax.executor.protocol import ExecutorLimits
 from loongjax.kvcache import BlockAllocator
 from loongjax.kvcache.messages import SlotPlan
 from loongjax.plan import (
+    InstanceId,
     InstanceView,
+    PrefillStep,
     RequestId,
     RequestView,
     Snapshot,
@@ -40,6 +44,7 @@ class State:
         self._version = 0
         self._next_seq = 0
         self._ending: dict[RequestId, Request] = {}
+        self._prefill_seq: dict[InstanceId, int] = {}
         self._instances = tuple(
             InstanceView(id=i, slots=allocator.usable, free_slots=allocator.free_slots(i))
             for i in range(topology.instances)
@@ -71,10 +76,12 @@ class State:
         slots = self._allocator.apply(step)
         for name in step_requests(step):
             request = self.open[name]
-            request.in_flight = step.seq
+            request.in_flight = request.last_seq = step.seq
             request.changed()
             if request.first_scheduled is None:
                 request.first_scheduled = time
+        if isinstance(step, PrefillStep):
+            self._prefill_seq.update(dict.fromkeys(step.group, step.seq))
         self.flying[step.seq] = step
         self._next_seq = step.seq + 1
         self._version += 1
@@ -151,6 +158,7 @@ class State:
     def _instance(self, old: InstanceView) -> InstanceView:
         free = self._allocator.free_slots(old.id)
         busy = max((seq for seq, step in self.flying.items() if old.id in step.group), default=None)
-        if (free, busy) == (old.free_slots, old.busy_seq):
+        prefill = self._prefill_seq.get(old.id)
+        if (free, busy, prefill) == (old.free_slots, old.busy_seq, old.prefill_seq):
             return old
-        return InstanceView(id=old.id, slots=old.slots, free_slots=free, busy_seq=busy)
+        return replace(old, free_slots=free, busy_seq=busy, prefill_seq=prefill)
