@@ -87,6 +87,10 @@ class EngineConfig:
       max_model_len: Tokens of prompt and answer together. Costs nothing by itself, but a
         request without `max_tokens` may claim this much of the pool. None: what the model
         was made for, or what the largest group's pool holds if that is less.
+      max_chunk_tokens: Prompt tokens that each instance of a group computes in one step at
+        most; longer prompts are computed in chunks, and decoding goes on in between. Memory
+        for activations, and the largest program to compile, grow with it; below about 1,000
+        the fixed cost of a step shows. Rounded up to a compiled size.
       dtype: Of weights, KV and activations. bfloat16 halves memory and is faster on
         accelerators; only float32 gives the same tokens at every degree. None: float32 on
         CPU, bfloat16 elsewhere.
@@ -97,6 +101,7 @@ class EngineConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     pool: PoolConfig = field(default_factory=PoolConfig)
     max_model_len: int | None = None
+    max_chunk_tokens: int = 2048
     dtype: Dtype | None = None
     program_dir: Path | None = None
 
@@ -106,6 +111,7 @@ class EngineConfig:
                 f"max_model_len must be at least 2 (a prompt token and an answer), not "
                 f"{self.max_model_len}"
             )
+        _at_least_one("max_chunk_tokens", self.max_chunk_tokens)
         if self.dtype is not None and self.dtype not in _DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(_DTYPES)}, not {self.dtype!r}")
 

@@ -77,9 +77,12 @@ class RequestView:
       kv: Where its KV lies, ascending by instance; counts sum to `computed`.
       tail: Where its last block is partly filled, and how many more tokens fit there
         without a new block. None when the next token needs a new block anywhere.
+      holes: Slots in its blocks that its next tokens cannot take, ascending by instance. None
+        with blocks of one token, nor as long as nothing but the tail is left partly filled.
       deadline: When it should end [s, engine clock], or None.
       priority: Higher is served earlier.
-      last_seq: The newest step that worked on it, or None before the first.
+      last_seq: The newest step that computed for it, or None before the first; a
+        `MigrateStep` does not.
     """
 
     id: RequestId
@@ -90,6 +93,7 @@ class RequestView:
     generated: int = 0
     kv: tuple[Share, ...] = ()
     tail: Share | None = None
+    holes: tuple[Share, ...] = ()
     deadline: float | None = None
     priority: int = 0
     last_seq: int | None = None
@@ -223,7 +227,33 @@ class DecodeStep:
     rows: tuple[DecodeRow, ...]
 
 
-Step: TypeAlias = PrefillStep | DecodeStep
+class Move(NamedTuple):
+    """KV that goes from one instance to another: the newest `tokens` of those that `source`
+    holds of a request.
+    """
+
+    request: RequestId
+    source: InstanceId
+    target: InstanceId
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MigrateStep:
+    """Moves KV inside a group; computes nothing. Its requests do not run meanwhile.
+
+    The group is the sources and the targets, rounded up to one that exists; it may lack other
+    instances with KV of its requests. Moves of one request from one instance follow each
+    other: the first takes the newest tokens there. An instance does not both give and take
+    KV of one request.
+    """
+
+    seq: int
+    group: Group
+    moves: tuple[Move, ...]
+
+
+Step: TypeAlias = PrefillStep | DecodeStep | MigrateStep
 
 
 class Rejection(NamedTuple):
@@ -278,4 +308,6 @@ def step_requests(step: Step) -> tuple[RequestId, ...]:
     """The requests that a step works on, in its order."""
     if isinstance(step, PrefillStep):
         return tuple(chunk.request for chunk in step.chunks)
+    if isinstance(step, MigrateStep):
+        return tuple(dict.fromkeys(move.request for move in step.moves))
     return tuple(row.request for row in step.rows)

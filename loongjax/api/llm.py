@@ -36,6 +36,7 @@ from loongjax.errors import EngineClosedError, LoongJaxError, RequestError
 from loongjax.plan import RequestId
 from loongjax.sampling.params import SamplingParams
 from loongjax.text import IncrementalDetokenizer, Tokenizer
+from loongjax.timeline import Timeline
 
 
 class LLM:
@@ -201,6 +202,10 @@ class LLM:
     def steps(self) -> tuple[StepRecord, ...]:
         """The engine's latest steps: what ran where and when."""
         return self.engine.steps()
+
+    def timeline(self) -> Timeline:
+        """What the cluster did so far, to be drawn or saved as a trace; also after `close`."""
+        return Timeline.of_engine(self.engine)
 
     def close(self) -> None:
         """Aborts what runs and gives devices and memory back. May be called again."""

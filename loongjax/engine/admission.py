@@ -1,11 +1,12 @@
 """Which requests can be served at all: checked in the caller's thread, before they queue.
 
-Pure: no state but the limits. What passes here can be prefilled by one step of the largest
-group and fits the pool when it is alone there.
+Pure: no state but the limits. What passes here fits the pool when it is alone there; a prompt
+may be longer than a step takes, for it is computed in chunks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loongjax.engine.messages import GenerationRequest
@@ -22,7 +23,6 @@ class Admission:
       block_size: Tokens per block of the pool.
       instance_slots: KV tokens that one instance holds.
       degree: Instances of the largest group. A request's KV must lie within one group.
-      max_chunk_tokens: Prompt tokens that one prefill step takes for each rank.
     """
 
     vocab_size: int
@@ -30,12 +30,6 @@ class Admission:
     block_size: int
     instance_slots: int
     degree: int
-    max_chunk_tokens: int
-
-    @property
-    def max_prefill_tokens(self) -> int:
-        """Tokens that one prefill step of the largest group takes."""
-        return self.max_chunk_tokens * self.degree
 
     @property
     def capacity(self) -> int:
@@ -57,12 +51,6 @@ class Admission:
                 f"most {self.max_model_len - 1} leave room for an answer. Shorten the prompt, "
                 "or raise max_model_len"
             )
-        if prompt > self.max_prefill_tokens:
-            raise RequestError(
-                f"the prompt has {prompt} tokens; one prefill step takes at most "
-                f"{self.max_prefill_tokens} ({self.max_chunk_tokens} for each of {self.degree} "
-                "instances). Shorten the prompt, or give the largest group more instances"
-            )
         room = self.max_model_len - prompt
         max_tokens = room if request.params.max_tokens is None else request.params.max_tokens
         if max_tokens > room:
@@ -73,7 +61,7 @@ class Admission:
         self._check_capacity(prompt, max_tokens)
         return max_tokens
 
-    def _check_ids(self, token_ids: tuple[int, ...]) -> None:
+    def _check_ids(self, token_ids: Sequence[int]) -> None:
         if not token_ids:
             raise RequestError("the prompt is empty; give at least one token")
         for token in (min(token_ids), max(token_ids)):

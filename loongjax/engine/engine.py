@@ -20,7 +20,13 @@ from loongjax.engine.front import Front
 from loongjax.engine.handle import OnEvent, RequestHandle
 from loongjax.engine.history import History
 from loongjax.engine.loop import Loop
-from loongjax.engine.messages import EngineStats, GenerationRequest, StepRecord
+from loongjax.engine.messages import (
+    EngineStats,
+    GenerationRequest,
+    PoolSample,
+    RequestRecord,
+    StepRecord,
+)
 from loongjax.engine.state import State
 from loongjax.errors import StepError
 from loongjax.executor.protocol import Executor
@@ -66,7 +72,6 @@ class Engine:
             block_size=allocator.block_size,
             instance_slots=allocator.slots,
             degree=max(topology.degrees),
-            max_chunk_tokens=limits.max_chunk_tokens,
         )
         self._executor = executor
         self.pool_slots = allocator.slots
@@ -79,7 +84,6 @@ class Engine:
             state=self._state,
             front=self._front,
             history=self._history,
-            admission=self.limits,
             eos_ids=frozenset(eos_ids),
         )
         self._thread = threading.Thread(target=self._loop.run, name="loongjax-engine", daemon=True)
@@ -132,6 +136,14 @@ class Engine:
     def steps_of(self, request_id: RequestId) -> tuple[StepRecord, ...]:
         """The latest steps that worked on a request, even after it ended."""
         return self._history.steps_of(request_id)
+
+    def requests(self) -> tuple[RequestRecord, ...]:
+        """The requests that ended last (up to 100,000), and those that are open."""
+        return self._history.requests(self._state.published)
+
+    def pool_samples(self) -> tuple[PoolSample, ...]:
+        """Every change of the KV pool's use, by time (up to 200,000 are kept)."""
+        return self._history.pool()
 
     def close(self) -> None:
         """Aborts open requests, ends the loop and closes the executor. May be called again.

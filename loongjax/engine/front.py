@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from loongjax.engine.admission import Admission
 from loongjax.engine.handle import OnEvent, RequestHandle
@@ -37,6 +37,33 @@ class Abort:
 
 
 Input: TypeAlias = Submission | Abort
+
+
+@runtime_checkable
+class Door(Protocol):
+    """The loop's side of a front: where requests come from, be they real or simulated."""
+
+    @property
+    def closing(self) -> bool:
+        """Whether the loop should end."""
+        ...
+
+    @property
+    def has_input(self) -> bool:
+        """Whether something came since `take`."""
+        ...
+
+    def take(self) -> list[Input]:
+        """Everything that came since the last call, in order of arrival."""
+        ...
+
+    def retire(self, request: RequestId) -> None:
+        """A request has ended, and no step works on it any more."""
+        ...
+
+    def shut(self, reason: str) -> list[Input]:
+        """The loop ended, naming `reason`; gives what was still queued."""
+        ...
 
 
 class Front:

@@ -14,8 +14,7 @@ from __future__ import annotations
 import logging
 import os
 
-from loongjax.engine.admission import Admission
-from loongjax.engine.front import Front, Submission
+from loongjax.engine.front import Door, Submission
 from loongjax.engine.handle import RequestHandle
 from loongjax.engine.history import History
 from loongjax.engine.messages import (
@@ -28,7 +27,7 @@ from loongjax.engine.messages import (
 from loongjax.engine.request import Request
 from loongjax.engine.state import State
 from loongjax.executor.protocol import Executor, RequestInput
-from loongjax.plan import Plan, Snapshot, Step, StepResult
+from loongjax.plan import Plan, RequestId, Snapshot, Step, StepResult
 from loongjax.scheduler import validate
 from loongjax.scheduler.policy import Policy
 
@@ -50,9 +49,8 @@ class Loop:
         executor: Executor,
         policy: Policy,
         state: State,
-        front: Front,
+        front: Door,
         history: History,
-        admission: Admission,
         eos_ids: frozenset[int],
     ) -> None:
         self._executor = executor
@@ -60,9 +58,9 @@ class Loop:
         self._state = state
         self._front = front
         self._history = history
-        self._admission = admission
         self._eos_ids = eos_ids
         self._outbox: list[tuple[RequestHandle, Event]] = []
+        self._lost: dict[RequestId, tuple[Request, Step, str]] = {}
         self.alive = True
         self.close_error: Exception | None = None
 
@@ -71,7 +69,7 @@ class Loop:
         reason: FinishReason = "abort"
         message = "the engine was closed; create another one"
         try:
-            self._serve()
+            self.serve()
         except Exception as error:
             _log.exception("the engine died")
             reason = "error"
@@ -80,13 +78,15 @@ class Loop:
             self.alive = False
             self._shut(reason, message)
 
-    def _serve(self) -> None:
+    def serve(self) -> None:
+        """Serves until the front closes, in the caller's thread; raises whatever breaks it."""
         results: list[StepResult] = []
         while not self._front.closing:
             changed = self._take_inbox()
             for result in results:
                 self._land(result)
             if changed or results:
+                self._history.add_pool(self._executor.now(), self._state.used())
                 self._plan()
                 self._deliver()
             results = self._executor.poll(_POLL_S)
@@ -150,9 +150,13 @@ class Loop:
             self._end(request, "error", error=rejection.reason, time=self._executor.now())
         for name in plan.preempt:
             self._history.add_preemption()
-            self._recompute(self._state.open[name], "it was preempted")
+            self._recompute(self._state.open[name])
+        if plan.preempt:
+            self._history.add_pool(self._executor.now(), self._state.used())
         for step in plan.steps:
-            slots = self._state.launch(step, self._executor.now())
+            now = self._executor.now()
+            slots = self._state.launch(step, now)
+            self._history.add_pool(now, self._state.used(step.group))
             self._executor.submit(step, slots)
 
     def _fail_stuck(self, snapshot: Snapshot) -> None:
@@ -180,7 +184,7 @@ class Loop:
             self._forget(gone)
         if result.error is not None:
             self._fail_step(step, result.error)
-            return
+        self._drop_lost_kv()
         for sampled in result.tokens:
             request = self._state.open.get(sampled.request)
             if request is not None:  # else it was aborted while the step ran
@@ -199,9 +203,23 @@ class Loop:
         _log.error("step %d on group %s failed: %s", step.seq, step.group, error)
         for request in self._state.victims(step):
             request.failures += 1
-            if request.failures < _MAX_FAILURES:
+            self._lost[request.id] = (request, step, error)
+
+    def _drop_lost_kv(self) -> None:
+        """Lets those who lost KV to a failed step wait again, or gives them up.
+
+        Whose KV moves elsewhere at the time has to wait for that: nothing may be freed that
+        a step in flight reads or writes.
+        """
+        lost, self._lost = self._lost, {}
+        for name, (request, step, error) in lost.items():
+            if request.ended:
+                continue
+            if request.in_flight is not None:
+                self._lost[name] = (request, step, error)
+            elif request.failures < _MAX_FAILURES:
                 self._history.add_recompute()
-                self._recompute(request, f"step {step.seq} failed ({error})")
+                self._recompute(request)
             else:
                 self._end(
                     request,
@@ -215,21 +233,10 @@ class Loop:
 
     # Ends
 
-    def _recompute(self, request: Request, why: str) -> None:
-        """Drops a request's KV; it waits again, if a prefill step can still take it."""
+    def _recompute(self, request: Request) -> None:
+        """Drops a request's KV; it waits again."""
         self._state.release_kv(request)
         self._executor.drop_kv(request.id)
-        limit = self._admission.max_prefill_tokens
-        if request.length > limit:
-            self._end(
-                request,
-                "error",
-                error=(
-                    f"{why}, and its {request.length} tokens cannot be computed anew: one "
-                    f"prefill step takes at most {limit}. Shorten the prompt or lower max_tokens"
-                ),
-                time=self._executor.now(),
-            )
 
     def _end(
         self,
@@ -244,7 +251,7 @@ class Loop:
             reason=reason, error=error, stop_token=stop_token, timings=request.timings(time)
         )
         self._outbox.append((request.handle, event))
-        self._history.add_end(reason)
+        self._history.add_end(request.record(reason, time), reason)
         if self._state.end(request):
             self._forget(request)
 
@@ -264,14 +271,15 @@ class Loop:
             *self._state.open.values(),
             *(Request(submission=item, stop_ids=frozenset()) for item in queued),
         ]
+        time = self._executor.now()
         for request in requests:
             event = FinishedEvent(
                 reason=reason,
                 error=message if reason == "error" else None,
-                timings=request.timings(self._executor.now()),
+                timings=request.timings(time),
             )
             self._outbox.append((request.handle, event))
-            self._history.add_end(reason)
+            self._history.add_end(request.record(reason, time), reason)
         self._deliver()
         try:
             self._executor.close()
@@ -280,6 +288,7 @@ class Loop:
             self.close_error = error
         if reason == "abort":  # nothing runs any more, and the books are in order
             self._state.clear()
+            self._history.add_pool(time, self._state.used())
 
 
 def _draw_seed() -> int:

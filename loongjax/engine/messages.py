@@ -6,15 +6,16 @@ seconds of the engine's clock (`Engine.now`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from loongjax.plan import Group, InstanceId, RequestId, Share
 from loongjax.programs.counts import ProgramCounts
 from loongjax.sampling.params import SamplingParams
 
 FinishReason: TypeAlias = Literal["length", "stop", "abort", "error"]
-StepKind: TypeAlias = Literal["prefill", "decode"]
+StepKind: TypeAlias = Literal["prefill", "decode", "migrate"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,7 +24,7 @@ class GenerationRequest:
 
     Attributes:
       id: Unique among the requests whose KV the engine still holds.
-      token_ids: The prompt, at least one token.
+      token_ids: The prompt, at least one token; a simulator, which knows no words, gives a range.
       params: How tokens are chosen, and when to stop.
       priority: Higher is served earlier, by policies that look at it.
       deadline: When it should end [s, engine clock]; policies may use it, the engine does
@@ -31,7 +32,7 @@ class GenerationRequest:
     """
 
     id: RequestId
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int]
     params: SamplingParams = field(default_factory=SamplingParams)
     priority: int = 0
     deadline: float | None = None
@@ -93,9 +94,10 @@ class StepRecord:
       seq: The step's number; ascending, but steps of disjoint groups may end in any order.
       group: The instances that ran it; its length is the degree.
       requests: The requests it worked on, in the step's order.
-      tokens: Tokens that went in: of all chunks, or one for each row.
-      kept: KV tokens that it stored on each instance; instances that stored none are left out.
-      masters: The master of each row of a decode step, in order; empty for prefill.
+      tokens: Tokens that went in: of all chunks, one for each row, or those that moved.
+      kept: KV tokens that it stored on each instance, or that arrived there; instances without
+        any are left out.
+      masters: The master of each row of a decode step, in order; empty for others.
       started, ended: When it was launched, and when its tokens were on the host.
       error: Why it failed, or None.
     """
@@ -115,6 +117,37 @@ class StepRecord:
     def degree(self) -> int:
         """How many instances ran it."""
         return len(self.group)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RequestRecord:
+    """A request that ended, or one that is open still, for timelines.
+
+    Attributes:
+      id: Its name; a later request may have the same.
+      prompt, generated: Its tokens, as far as known.
+      reason: Why it ended; None while it is open.
+      arrival, end: When it came and ended [s, engine clock]; `end` None while it is open.
+      first_scheduled, first_token: When it first ran and first said something; None: it never
+        came to that, or it is open still.
+    """
+
+    id: RequestId
+    prompt: int
+    generated: int
+    reason: FinishReason | None = None
+    arrival: float
+    first_scheduled: float | None = None
+    first_token: float | None = None
+    end: float | None = None
+
+
+class PoolSample(NamedTuple):
+    """From `time` [s, engine clock] on, `used` slots of an instance lie in held blocks."""
+
+    time: float
+    instance: InstanceId
+    used: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

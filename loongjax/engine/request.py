@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 from loongjax.engine.front import Submission
 from loongjax.engine.handle import RequestHandle
-from loongjax.engine.messages import FinishReason, Timings
-from loongjax.kvcache import BlockAllocator
+from loongjax.engine.messages import FinishReason, RequestRecord, Timings
+from loongjax.kvcache import BlockAllocator, Whereabouts
 from loongjax.plan import RequestId, RequestView
 
 
@@ -24,7 +24,7 @@ class Request:
       stop_ids: Tokens that end it.
       generated: Tokens produced so far.
       in_flight: The step that works on it, or None.
-      last_seq: The newest step that worked on it, or None.
+      last_seq: The newest step that computed for it, or None.
       failures: Failed steps that cost it its KV.
       ended: It has an end, though a step may still work on it.
       first_scheduled, first_token: For `Timings`.
@@ -39,6 +39,7 @@ class Request:
     ended: bool = False
     first_scheduled: float | None = None
     first_token: float | None = None
+    _kv: Whereabouts | None = None
     _view: RequestView | None = None
 
     @property
@@ -50,11 +51,6 @@ class Request:
     def handle(self) -> RequestHandle:
         """The caller's end."""
         return self.submission.handle
-
-    @property
-    def length(self) -> int:
-        """Tokens known: the prompt and what was generated."""
-        return len(self.submission.request.token_ids) + len(self.generated)
 
     def append(self, token: int, time: float) -> FinishReason | None:
         """Takes a token that was on the host at `time`; says whether it ends the request."""
@@ -68,21 +64,23 @@ class Request:
 
     def changed(self) -> None:
         """To be called when its KV grew or went: the view is made anew."""
-        self._view = None
+        self._view = self._kv = None
 
     def view(self, allocator: BlockAllocator) -> RequestView:
         """What the policy sees; the same object until something changes."""
         if self._view is None:
             request = self.submission.request
+            kv = self._kv = self._kv or allocator.whereabouts(self.id)
             self._view = RequestView(
                 id=request.id,
                 prompt=len(request.token_ids),
                 max_tokens=self.submission.max_tokens,
                 arrival=self.submission.arrival,
-                computed=allocator.computed(self.id),
+                computed=kv.computed,
                 generated=len(self.generated),
-                kv=allocator.shares(self.id),
-                tail=allocator.tail(self.id),
+                kv=kv.shares,
+                tail=kv.tail,
+                holes=kv.holes,
                 deadline=request.deadline,
                 priority=request.priority,
                 last_seq=self.last_seq,
@@ -92,6 +90,19 @@ class Request:
     def timings(self, end: float) -> Timings:
         """When it came, ran, and ended at `end`."""
         return Timings(
+            arrival=self.submission.arrival,
+            first_scheduled=self.first_scheduled,
+            first_token=self.first_token,
+            end=end,
+        )
+
+    def record(self, reason: FinishReason, end: float) -> RequestRecord:
+        """What is kept of it when it ended at `end`."""
+        return RequestRecord(
+            id=self.id,
+            prompt=len(self.submission.request.token_ids),
+            generated=len(self.generated),
+            reason=reason,
             arrival=self.submission.arrival,
             first_scheduled=self.first_scheduled,
             first_token=self.first_token,

@@ -7,18 +7,21 @@ The loop alone touches it, save `published`, which any thread may read.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from loongjax.engine.request import Request
+from loongjax.engine.views import Views
 from loongjax.executor.protocol import ExecutorLimits
 from loongjax.kvcache import BlockAllocator
 from loongjax.kvcache.messages import SlotPlan
 from loongjax.plan import (
     InstanceId,
     InstanceView,
+    MigrateStep,
     PrefillStep,
     RequestId,
-    RequestView,
+    Share,
     Snapshot,
     Step,
     Topology,
@@ -51,11 +54,14 @@ class State:
         )
         self.open: dict[RequestId, Request] = {}
         self.flying: dict[int, Step] = {}
+        self._views = Views()
+        self._in_flight: set[RequestId] = set()
         self.published = self.snapshot()
 
     def add(self, request: Request) -> None:
         """Takes a new request in."""
         self.open[request.id] = request
+        self._views.add(request.id)
         self._version += 1
 
     def end(self, request: Request) -> bool:
@@ -65,6 +71,8 @@ class State:
         """
         request.ended = True
         del self.open[request.id]
+        self._views.remove(request.id)
+        self._in_flight.discard(request.id)
         self._version += 1
         if request.in_flight is None:
             return True
@@ -76,8 +84,12 @@ class State:
         slots = self._allocator.apply(step)
         for name in step_requests(step):
             request = self.open[name]
-            request.in_flight = request.last_seq = step.seq
+            request.in_flight = step.seq
+            if not isinstance(step, MigrateStep):
+                request.last_seq = step.seq
             request.changed()
+            self._views.stale.add(name)
+            self._in_flight.add(name)
             if request.first_scheduled is None:
                 request.first_scheduled = time
         if isinstance(step, PrefillStep):
@@ -95,6 +107,8 @@ class State:
         for name in step_requests(step):
             if request := self.open.get(name):
                 request.in_flight = None
+                self._views.stale.add(name)
+                self._in_flight.discard(name)
             elif request := self._ending.pop(name, None):
                 request.in_flight = None
                 ended.append(request)
@@ -104,13 +118,15 @@ class State:
         """Frees a request's slots."""
         self._allocator.release(request.id)
         request.changed()
+        if request.id in self.open:
+            self._views.stale.add(request.id)
         self._version += 1
 
     def victims(self, step: Step) -> list[Request]:
         """Open requests that lose KV when `step` fails: it ran them, or shares an instance.
 
-        Groups in flight are disjoint and hold all KV of their requests, so none of these is
-        in another step in flight.
+        Groups in flight are disjoint, and those of computing steps hold all KV of their
+        requests. So none of these is in another step in flight, unless that moves its KV.
         """
         group = set(step.group)
         ran = set(step_requests(step))
@@ -120,44 +136,44 @@ class State:
             if request.id in ran or not group.isdisjoint(request.view(self._allocator).homes)
         ]
 
+    def used(self, instances: Iterable[InstanceId] | None = None) -> list[Share]:
+        """Slots in held blocks of some instances; None: of all."""
+        if instances is None:
+            instances = range(self._allocator.instances)
+        return [Share(i, self._allocator.used_slots(i)) for i in instances]
+
     def clear(self) -> None:
         """Frees all slots and forgets all requests and steps; nothing may be in flight."""
         for request in (*self.open.values(), *self._ending.values()):
             self.release_kv(request)
         self.open.clear()
+        self._views = Views()
+        self._in_flight.clear()
         self._ending.clear()
         self.flying.clear()
         self.snapshot()
 
     def snapshot(self) -> Snapshot:
         """What the policy may look at; also `published` from now on."""
-        waiting: list[RequestView] = []
-        running: list[RequestView] = []
-        in_flight: list[RequestId] = []
-        for request in self.open.values():
-            view = request.view(self._allocator)
-            waits = view.uncomputed > 1 or not view.kv
-            (waiting if waits else running).append(view)
-            if request.in_flight is not None:
-                in_flight.append(request.id)
-        self._instances = tuple(map(self._instance, self._instances))
+        self._views.refresh(self.open, self._allocator)
+        busy = {i: seq for seq, step in sorted(self.flying.items()) for i in step.group}
+        self._instances = tuple(self._instance(view, busy.get(view.id)) for view in self._instances)
         self.published = Snapshot(
             version=self._version,
             next_seq=self._next_seq,
             block_size=self._allocator.block_size,
             max_chunk_tokens=self._limits.max_chunk_tokens,
             max_rows=self._limits.max_rows,
-            waiting=tuple(waiting),
-            running=tuple(running),
+            waiting=self._views.waiting,
+            running=self._views.running,
             instances=self._instances,
-            in_flight=frozenset(in_flight),
+            in_flight=frozenset(self._in_flight),
             topology=self._topology,
         )
         return self.published
 
-    def _instance(self, old: InstanceView) -> InstanceView:
+    def _instance(self, old: InstanceView, busy: int | None) -> InstanceView:
         free = self._allocator.free_slots(old.id)
-        busy = max((seq for seq, step in self.flying.items() if old.id in step.group), default=None)
         prefill = self._prefill_seq.get(old.id)
         if (free, busy, prefill) == (old.free_slots, old.busy_seq, old.prefill_seq):
             return old

@@ -17,11 +17,11 @@ from jaxtyping import Array, Float, Int32
 
 from loongjax.cluster.mesh import SP
 from loongjax.esp.history import Window
+from loongjax.esp.meta import Meta
 from loongjax.esp.partials import return_to_masters
 from loongjax.esp.sampling import sample_rows
 from loongjax.kvcache.pool import KVPool, from_stored, to_stored
 from loongjax.models.decoder import Decoder
-from loongjax.programs.spec import Meta
 from pallas_kernels.kv_write import kv_write
 from pallas_kernels.paged_attention import RowTables, paged_attention
 from pallas_kernels.partials import Partial, merge

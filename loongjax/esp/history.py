@@ -22,9 +22,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
 from loongjax.cluster.mesh import SP
+from loongjax.esp.meta import Meta
 from loongjax.esp.partials import return_to_masters
 from loongjax.kvcache.pool import KVPool, from_stored
-from loongjax.programs.spec import Meta
 from pallas_kernels.paged_attention import Keys, chunk_entries, load_keys
 from pallas_kernels.partials import (
     Carry,

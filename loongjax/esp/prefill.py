@@ -17,10 +17,10 @@ from jaxtyping import Array, Float, Int32
 
 from loongjax.cluster.mesh import SP
 from loongjax.esp.history import HistoryAttention, Window
+from loongjax.esp.meta import Meta
 from loongjax.esp.sampling import sample_rows
 from loongjax.kvcache.pool import KVPool, to_stored
 from loongjax.models.decoder import Decoder
-from loongjax.programs.spec import Meta
 from pallas_kernels.kv_write import kv_write
 from pallas_kernels.partials import empty_carry, finish
 from pallas_kernels.striped_attention import fold_stripe

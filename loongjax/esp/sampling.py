@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from loongjax.esp.meta import Meta
 from loongjax.models.decoder import Decoder
-from loongjax.programs.spec import Meta
 from loongjax.sampling.device import sample
 
 _TILE = 4  # rows at a time: the vocabulary is wide, and a prefill step samples few rows

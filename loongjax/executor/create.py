@@ -48,6 +48,7 @@ def create_executor(model: ModelConfig, source: WeightSource, config: EngineConf
         max_model_len=max_model_len,
     )
     block_size = config.pool.block_size
+    chunk_tokens = chunk_bucket(min(config.max_chunk_tokens, max_model_len))
     shapes = ProgramShapes(
         config=model,
         tp=cluster.tensor_parallel,
@@ -60,14 +61,15 @@ def create_executor(model: ModelConfig, source: WeightSource, config: EngineConf
         table_entries=BlockTable.required_capacity(slots // block_size) + chunk_entries(block_size),
     )
     _log.info(
-        "%d instances of %d %s device(s), %d KV slots each, %s, degrees %s",
+        "%d instances of %d %s device(s), %d KV slots each, %s, degrees %s, chunks of %d tokens",
         *(cluster.instances, cluster.tensor_parallel, platform, slots, dtype, topology.degrees),
+        chunk_tokens,
     )
     return JaxExecutor(
         weights=weights,
         shapes=shapes,
         grid=grid,
         topology=topology,
-        limits=ExecutorLimits(max_chunk_tokens=chunk_bucket(max_model_len), max_rows=_MAX_ROWS),
+        limits=ExecutorLimits(max_chunk_tokens=chunk_tokens, max_rows=_MAX_ROWS),
         store=ProgramStore(config.program_dir or default_folder()),
     )

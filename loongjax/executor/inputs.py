@@ -1,7 +1,7 @@
-"""From a step and its slots to the int32 vectors that its program reads. Numpy only.
+"""From a step and its slots to the int32 vectors that its program reads: host work, in numpy.
 
 Owns the correspondence between requests and rows, tokens and stripes. Ranks are places in
-the step's group; see `loongjax.programs.spec.meta_layout` for the fields.
+the step's group; see `loongjax.esp.meta` for the fields.
 """
 
 from __future__ import annotations
@@ -12,12 +12,21 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int32
 
+from loongjax.errors import StepError
 from loongjax.esp.history import Trips
+from loongjax.esp.migrate import TILE
 from loongjax.executor.protocol import RequestInput
-from loongjax.kvcache.messages import DecodeSlots, PrefillSlots
+from loongjax.kvcache.messages import DecodeSlots, MigrateSlots, PrefillSlots
 from loongjax.kvcache.tables import BlockTable
-from loongjax.plan import Chunk, DecodeStep, InstanceId, PrefillStep, RequestId
-from loongjax.programs.spec import ProgramSpec, meta_layout
+from loongjax.plan import (
+    Chunk,
+    DecodeStep,
+    InstanceId,
+    MigrateStep,
+    PrefillStep,
+    RequestId,
+)
+from loongjax.programs.spec import ProgramSpec
 from pallas_kernels.paged_attention import chunk_entries
 
 NO_TOKEN = -1
@@ -39,13 +48,15 @@ class TokenLog:
         self._tokens[self._length] = token
         self._length += 1
 
-    def __getitem__(self, part: slice) -> Int32[np.ndarray, " T"]:
-        return self._tokens[: self._length][part]
+    def __len__(self) -> int:
+        return self._length
 
-    @property
-    def last(self) -> int:
-        """The newest token."""
-        return int(self._tokens[self._length - 1])
+    def __getitem__(self, position: int) -> int:
+        return int(self._tokens[: self._length][position])
+
+    def every(self, step: int, start: int, end: int) -> Int32[np.ndarray, " T"]:
+        """Tokens `start`, `start + step`, … before `end`."""
+        return self._tokens[start : min(end, self._length) : step]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,11 +64,11 @@ class StepInputs:
     """What goes to the device, and where the answers will stand.
 
     Attributes:
-      meta: int32 [n, size], one vector for each rank.
+      metas: int32 [n, size], one vector for each rank; the program runs once for each item.
       rows: The requests that get a token, with their places in the program's output.
     """
 
-    meta: np.ndarray
+    metas: tuple[np.ndarray, ...]
     rows: tuple[tuple[RequestId, int], ...]
 
 
@@ -74,7 +85,7 @@ def prefill_inputs(
     trash: int,
 ) -> StepInputs:
     """Fills the vectors of a prefill step; `trash` is the slot for what is not kept."""
-    layout, degree = meta_layout(spec), spec.degree
+    layout, degree = spec.layout, spec.degree
     meta = np.zeros((degree, layout.size), np.int32)
     fields = [layout.views(vector) for vector in meta]
     for field in fields:
@@ -103,7 +114,7 @@ def prefill_inputs(
     for field in fields:
         field["used"][...] = used
         field["rows_used"][...] = -(-len(rows) // degree)
-    return StepInputs(meta=meta, rows=tuple(rows))
+    return StepInputs(metas=(meta,), rows=tuple(rows))
 
 
 def add_history(
@@ -118,8 +129,8 @@ def add_history(
     `tables[rank]` are the block tables of the group, without the chunks' own entries;
     `trips` decides the way from the new tokens and the most work items of a rank.
     """
-    layout = meta_layout(spec)
-    fields = [layout.views(vector) for vector in inputs.meta]
+    layout = spec.layout
+    fields = [layout.views(vector) for vector in inputs.metas[0]]
     used = 0
     items = [0] * spec.degree
     for c, chunk in enumerate(step.chunks):
@@ -145,7 +156,7 @@ def _stripe(
 ) -> None:
     """Puts one rank's stripe of a chunk at local index `at`."""
     local = stripe_tokens(chunk.length, degree)
-    tokens = log[chunk.start + rank : chunk.start + chunk.length : degree]
+    tokens = log.every(degree, chunk.start + rank, chunk.start + chunk.length)
     field["token"][at : at + len(tokens)] = tokens
     positions = chunk.start + rank + degree * np.arange(len(tokens))
     field["position"][at : at + len(tokens)] = positions
@@ -161,9 +172,10 @@ def _slots_by_token(
     for share in slots.shares:
         chunk = chunks[share.request]
         slot_t = np.full(chunk.length, trash, np.int32)
-        slot, position, count = share.entries.T
-        within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-        slot_t[np.repeat(position - chunk.start, count) + within] = np.repeat(slot, count) + within
+        # The share's entries follow each other in position.
+        first = share.entries[0, 1] - chunk.start
+        kept = _slots_of(share.entries)
+        slot_t[first : first + len(kept)] = kept
         found[share.request, share.instance] = slot_t
     return found
 
@@ -175,12 +187,17 @@ def decode_inputs(
     logs: Mapping[RequestId, TokenLog],
     tables: Sequence[BlockTable],
     trash: int,
+    running: Mapping[RequestId, int],
 ) -> StepInputs:
     """Fills the vectors of a decode step; `tables[rank]` are the block tables of its group.
 
     The tables know the new tokens' slots already. Their pending updates are not taken here.
+    `running` has the places, in the output of the group's last decode step, of tokens that
+    are not on the host yet.
+
+    Raises StepError for a row whose token is neither known nor to come from there.
     """
-    layout, rank_of = meta_layout(spec), {inst: rank for rank, inst in enumerate(step.group)}
+    layout, rank_of = spec.layout, {inst: rank for rank, inst in enumerate(step.group)}
     meta = np.zeros((spec.degree, layout.size), np.int32)
     fields = [layout.views(vector) for vector in meta]
     for field in fields:
@@ -193,7 +210,15 @@ def decode_inputs(
         local, log = filled[master], logs[row.request]
         place = master * spec.rows + local
         filled[master] += 1
-        fields[master]["token"][local] = log.last
+        if position < len(log):
+            fields[master]["token"][local] = log[position]
+        elif row.request in running:
+            fields[master]["source"][local] = running[row.request]
+        else:
+            raise StepError(
+                f"step {step.seq}: the token at position {position} of request {row.request!r} is "
+                f"neither known nor an output of the last decode step on group {step.group}"
+            )
         _sampling(fields[master], local, log, position + 1)
         fields[rank_of[row.home]]["write"][place] = slot
         for field, table in zip(fields, tables, strict=True):
@@ -202,7 +227,56 @@ def decode_inputs(
         rows.append((row.request, place))
     for field in fields:
         field["rows_used"][...] = max(filled)
-    return StepInputs(meta=meta, rows=tuple(rows))
+    return StepInputs(metas=(meta,), rows=tuple(rows))
+
+
+def migrate_inputs(
+    spec: ProgramSpec, step: MigrateStep, slots: MigrateSlots, trash: int
+) -> StepInputs:
+    """Fills the vectors of a migrate step, as many as its longest list of slots needs."""
+    rank_of = {instance: rank for rank, instance in enumerate(step.group)}
+    lanes: dict[tuple[int, int], list[tuple[np.ndarray, np.ndarray]]] = {}
+    for move in slots.moves:
+        source, target = rank_of[move.source], rank_of[move.target]
+        pair = _slots_of(move.taken), _slots_of(move.given)
+        lanes.setdefault((source, (target - source) % spec.degree), []).append(pair)
+    joined = {
+        lane: tuple(np.concatenate(side) for side in zip(*pairs, strict=True))
+        for lane, pairs in lanes.items()
+    }
+    longest = max(len(taken) for taken, _ in joined.values())
+    metas = tuple(_migrate_meta(spec, joined, at, trash) for at in range(0, longest, spec.bucket))
+    return StepInputs(metas=metas, rows=())
+
+
+def _migrate_meta(
+    spec: ProgramSpec,
+    lanes: Mapping[tuple[int, int], tuple[np.ndarray, ...]],
+    at: int,
+    trash: int,
+) -> np.ndarray:
+    """The tokens from `at` on of each (source rank, hop), up to one launch's worth."""
+    layout = spec.layout
+    meta = np.zeros((spec.degree, layout.size), np.int32)
+    fields = [layout.views(vector) for vector in meta]
+    for field in fields:
+        field["send"][:] = field["receive"][:] = trash
+    for (source, hop), (taken, given) in lanes.items():
+        part = slice(at, at + spec.bucket)
+        count = len(taken[part])
+        fields[source]["send"][hop - 1, :count] = taken[part]
+        fields[(source + hop) % spec.degree]["receive"][hop - 1, :count] = given[part]
+        trips = -(-count // TILE)
+        for field in fields:
+            field["trips"][hop - 1] = max(field["trips"][hop - 1], trips)
+    return meta
+
+
+def _slots_of(entries: Int32[np.ndarray, "N 3"]) -> Int32[np.ndarray, " T"]:
+    """The slots of all tokens that some entries name, in order."""
+    slot, _, count = entries.T
+    within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+    return (np.repeat(slot, count) + within).astype(np.int32)
 
 
 def _sampling(field: Mapping[str, np.ndarray], row: int, log: TokenLog, position: int) -> None:

@@ -12,8 +12,10 @@ import queue
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,16 +29,19 @@ from loongjax.executor.inputs import (
     TokenLog,
     add_history,
     decode_inputs,
+    migrate_inputs,
     prefill_inputs,
     stripe_tokens,
 )
 from loongjax.executor.protocol import ExecutorLimits, RequestInput
-from loongjax.kvcache.messages import DecodeSlots, PrefillSlots, SlotPlan
+from loongjax.kvcache.messages import DecodeSlots, MigrateSlots, PrefillSlots, SlotPlan
+from loongjax.kvcache.pool import KVPool
 from loongjax.kvcache.tables import BlockTable
 from loongjax.models.placement import PlacedWeights
 from loongjax.plan import (
     DecodeStep,
     Group,
+    MigrateStep,
     PrefillStep,
     RequestId,
     SampledToken,
@@ -44,11 +49,11 @@ from loongjax.plan import (
     StepResult,
     Topology,
 )
-from loongjax.programs.buckets import chunk_bucket, row_bucket
+from loongjax.programs.buckets import MIGRATE_TOKENS, chunk_bucket, row_bucket
 from loongjax.programs.build import META_SPEC, TOKEN_SPEC, ProgramShapes
 from loongjax.programs.counts import ProgramCounts
 from loongjax.programs.library import ProgramLibrary
-from loongjax.programs.spec import ProgramSpec, meta_layout
+from loongjax.programs.spec import ProgramSpec
 from loongjax.programs.store import ProgramStore
 from pallas_kernels.paged_attention import chunk_entries
 
@@ -64,6 +69,14 @@ class _Launched:
     inputs: StepInputs
     tokens: jax.Array
     started: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Output:
+    """A decode step's tokens, perhaps still to come, and the place of each request's."""
+
+    tokens: jax.Array
+    places: dict[RequestId, int]
 
 
 class JaxExecutor:
@@ -90,7 +103,7 @@ class JaxExecutor:
         self.programs = ProgramLibrary(shapes, self.memory.meshes, store)
         self._tables = [self._new_table() for _ in grid]
         self._logs: dict[RequestId, TokenLog] = {}
-        self._no_tokens: dict[tuple[Group, int], jax.Array] = {}
+        self._outputs: dict[Group, _Output] = {}  # of each group's last decode step
         self._groups: dict[int, Group] = {}
         self._results: queue.SimpleQueue[StepResult | None] = queue.SimpleQueue()
         # Not a ThreadPoolExecutor: Python stops those before exit handlers can close engines.
@@ -127,15 +140,13 @@ class JaxExecutor:
 
     def submit(self, step: Step, slots: SlotPlan) -> None:
         """Launches a step. Compiles its program first if nobody needed it before."""
-        started = self.now()
         self._groups[step.seq] = step.group
         try:
-            inputs, tokens = self._launch(step, slots)
+            program = self.programs.get(self.spec_for(step), step.group)
+            self._launched.put(self._launch(program, step, slots))
         except Exception as error:
             _log.exception("step %d failed to start", step.seq)
-            self._results.put(self._failure(step, error, started))
-            return
-        self._launched.put(_Launched(step=step, inputs=inputs, tokens=tokens, started=started))
+            self._results.put(self._failure(step, error, self.now()))
 
     def poll(self, timeout: float) -> list[StepResult]:
         """Finished steps; waits up to `timeout` seconds for the first."""
@@ -170,7 +181,7 @@ class JaxExecutor:
             self._launched.put(None)
         for waiter in self._waiters:
             waiter.join()
-        self._no_tokens.clear()
+        self._outputs.clear()
         self.programs.clear()
         self.memory.release()
 
@@ -178,6 +189,14 @@ class JaxExecutor:
         """The program that a step needs."""
         degree = len(step.group)
         placement = None if self._rebindable else step.group
+        if isinstance(step, MigrateStep):
+            return ProgramSpec(
+                kind="migrate",
+                degree=degree,
+                bucket=MIGRATE_TOKENS,
+                rows=1,
+                placement=placement,
+            )
         if isinstance(step, PrefillStep):
             local = sum(stripe_tokens(chunk.length, degree) for chunk in step.chunks)
             extends = any(chunk.start for chunk in step.chunks)
@@ -195,35 +214,52 @@ class JaxExecutor:
 
     # ---- a step's way to the devices and back ----------------------------------------
 
-    def _launch(self, step: Step, slots: SlotPlan) -> tuple[StepInputs, jax.Array]:
-        spec, group = self.spec_for(step), step.group
-        program = self.programs.get(spec, group)
-        weights = self.memory.weights_of(group)
-        trash = self._shapes.slots
+    def _launch(
+        self, program: Callable[..., tuple[KVPool, jax.Array]], step: Step, slots: SlotPlan
+    ) -> _Launched:
+        started, group = self.now(), step.group
+        inputs, before, after = self._prepare(self.spec_for(step), step, slots)
+        sharding = NamedSharding(self.memory.meshes[group], META_SPEC)
+        for vectors in inputs.metas:
+            meta = jax.device_put(vectors, sharding)
+            with _LAUNCH_ORDER:
+                pool, tokens = program(*before, self.memory.pool_of(group), meta, *after)
+                self.memory.keep_pool(pool)
+        if isinstance(step, DecodeStep):
+            self._outputs[group] = _Output(tokens=tokens, places=dict(inputs.rows))
+        return _Launched(step=step, inputs=inputs, tokens=tokens, started=started)
+
+    def _prepare(
+        self, spec: ProgramSpec, step: Step, slots: SlotPlan
+    ) -> tuple[StepInputs, tuple[Any, ...], tuple[Any, ...]]:
+        """A step's inputs, and the program's arguments before the pool and after them.
+
+        Brings the block tables up to date: what a step reads of them it reads as they were
+        before it, save that a decode step finds its new tokens there.
+        """
+        group, trash = step.group, self._shapes.slots
+        tables = [self._tables[instance] for instance in group]
         match step, slots:
             case PrefillStep(), PrefillSlots():
                 inputs = prefill_inputs(spec, step, slots, self._logs, trash)
                 if spec.kind == "extend":
                     self._send_tables(group)
-                    tables = [self._tables[instance] for instance in group]
                     add_history(spec, step, inputs, tables, partial(self._trips, spec))
-                previous: tuple[jax.Array, ...] = ()
                 for share in slots.shares:
                     self._tables[share.instance].append(share.request, share.entries)
+                return inputs, (self.memory.weights_of(group),), ()
             case DecodeStep(), DecodeSlots():
                 self._append_tokens(step, slots)
-                tables = [self._tables[instance] for instance in group]
-                inputs = decode_inputs(spec, step, slots, self._logs, tables, trash)
+                last = self._last_output(spec, group)
+                inputs = decode_inputs(spec, step, slots, self._logs, tables, trash, last.places)
                 self._update_tables(spec, group, inputs)
-                previous = (self._zero_tokens(spec, group),)
-            case _:
-                raise TypeError(f"{type(step).__name__} with {type(slots).__name__}")
-        sharding = NamedSharding(self.memory.meshes[group], META_SPEC)
-        meta = jax.device_put(inputs.meta, sharding)
-        with _LAUNCH_ORDER:
-            pool, tokens = program(weights, self.memory.pool_of(group), meta, *previous)
-            self.memory.keep_pool(pool)
-        return inputs, tokens
+                return inputs, (self.memory.weights_of(group),), (last.tokens,)
+            case MigrateStep(), MigrateSlots():
+                for move in slots.moves:
+                    self._tables[move.source].replace(move.request, move.left)
+                    self._tables[move.target].append(move.request, move.given)
+                return migrate_inputs(spec, step, slots, trash), (), ()
+        raise TypeError(f"{type(step).__name__} with {type(slots).__name__}")
 
     def _append_tokens(self, step: DecodeStep, slots: DecodeSlots) -> None:
         for row, slot, position in zip(step.rows, slots.slots, slots.positions, strict=True):
@@ -234,10 +270,10 @@ class JaxExecutor:
         """Brings the devices' block tables up to date: a few entries go along with the
         step, a table with many changes is sent whole.
         """
-        layout = meta_layout(spec)
+        layout = spec.layout
         spare_entry = self._shapes.table_entries - 1
         for rank, instance in enumerate(group):
-            field = layout.views(inputs.meta[rank])["update"]
+            field = layout.views(inputs.metas[0][rank])["update"]
             field[:, 0] = spare_entry
             table = self._tables[instance]
             batch = table.take_updates(len(field))
@@ -272,13 +308,14 @@ class JaxExecutor:
         rows[: table.capacity] = table.entries
         return rows
 
-    def _zero_tokens(self, spec: ProgramSpec, group: Group) -> jax.Array:
-        key = (group, spec.rows)
-        if key not in self._no_tokens:
-            zeros = np.zeros(len(group) * spec.rows, np.int32)
-            sharding = NamedSharding(self.memory.meshes[group], TOKEN_SPEC)
-            self._no_tokens[key] = jax.device_put(zeros, sharding)
-        return self._no_tokens[key]
+    def _last_output(self, spec: ProgramSpec, group: Group) -> _Output:
+        """What the group's last decode step put out, if this one can read it; else zeros."""
+        last = self._outputs.get(group)
+        if last is not None and last.tokens.shape == (spec.degree * spec.rows,):
+            return last
+        zeros = np.zeros(spec.degree * spec.rows, np.int32)
+        sharding = NamedSharding(self.memory.meshes[group], TOKEN_SPEC)
+        return _Output(tokens=jax.device_put(zeros, sharding), places={})
 
     def _wait(self) -> None:
         """In threads of its own: waits for the tokens of one launched step after another."""
@@ -310,6 +347,7 @@ class JaxExecutor:
             if request in self._logs:
                 self._logs[request].append(token)
         if result.error is not None:
+            self._outputs.pop(group, None)
             for instance in group:
                 self.memory.rebuild(instance)
                 self._tables[instance] = self._new_table()

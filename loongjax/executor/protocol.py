@@ -7,6 +7,7 @@ and `wake`, which any thread may call.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -23,7 +24,7 @@ class RequestInput:
     """
 
     id: RequestId
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int]
     temperature: float
     seed: int
 

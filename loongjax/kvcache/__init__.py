@@ -5,15 +5,26 @@ This package exports the host half and never imports jax. The device half is
 """
 
 from loongjax.kvcache.allocator import BlockAllocator
-from loongjax.kvcache.messages import DecodeSlots, PrefillSlots, ShareSlots, SlotPlan
+from loongjax.kvcache.holding import Whereabouts
+from loongjax.kvcache.messages import (
+    DecodeSlots,
+    MigrateSlots,
+    MoveSlots,
+    PrefillSlots,
+    ShareSlots,
+    SlotPlan,
+)
 from loongjax.kvcache.tables import BlockTable, TableUpdates
 
 __all__ = [
     "BlockAllocator",
     "BlockTable",
     "DecodeSlots",
+    "MigrateSlots",
+    "MoveSlots",
     "PrefillSlots",
     "ShareSlots",
     "SlotPlan",
     "TableUpdates",
+    "Whereabouts",
 ]

@@ -4,8 +4,9 @@ Owns every slot of every instance. The scheduler counts tokens; only this module
 slots, and engine and simulator share it. Host code: imports no jax.
 
 Promises: a block belongs to exactly the requests that hold it, or is free; `apply` does
-all of a step or nothing, and costs O(blocks changed), never O(context); the same calls give
-the same slots. `check_integrity` proves the first.
+all of a step or nothing; for steps that compute it costs O(blocks changed), never O(context),
+and for a move O(blocks of that request on its two instances); the same calls give the same
+slots. `check_integrity` proves the first.
 Not here: which instance a token goes to (the scheduler decides), and when a request's
 slots may be freed (the engine knows which steps are in flight).
 """
@@ -20,13 +21,22 @@ from jaxtyping import Int32
 
 from loongjax.errors import ConfigError, PlanError
 from loongjax.kvcache.blocks import Blocks
-from loongjax.kvcache.holding import Holding
+from loongjax.kvcache.holding import NOWHERE, Holding, Whereabouts
 from loongjax.kvcache.integrity import check_books
-from loongjax.kvcache.messages import DecodeSlots, PrefillSlots, ShareSlots, SlotPlan
+from loongjax.kvcache.messages import (
+    DecodeSlots,
+    MigrateSlots,
+    MoveSlots,
+    PrefillSlots,
+    ShareSlots,
+    SlotPlan,
+)
+from loongjax.kvcache.moving import Cut, cut_moves
 from loongjax.plan import (
     Chunk,
     DecodeStep,
     InstanceId,
+    MigrateStep,
     Placement,
     PrefillStep,
     RequestId,
@@ -81,18 +91,26 @@ class BlockAllocator:
     @overload
     def apply(self, step: DecodeStep) -> DecodeSlots: ...
 
-    def apply(self, step: Step) -> SlotPlan:
-        """Gives a step's new tokens their slots.
+    @overload
+    def apply(self, step: MigrateStep) -> MigrateSlots: ...
 
-        A token goes into its request's newest block if that is partly filled, lies on the
-        right instance and is not shared; otherwise into a new block.
+    def apply(self, step: Step) -> SlotPlan:
+        """Gives a step's new tokens their slots, or tokens that move their new ones.
+
+        A new token goes into its request's newest block if that is partly filled, lies on the
+        right instance and is not shared; otherwise into a new block. Tokens that move go into
+        new blocks, as few as their positions allow; blocks that a step empties serve only
+        later steps.
 
         Raises:
           PlanError: An instance has too few free blocks, or the step contradicts the books.
             Nothing has changed then.
         """
-        if isinstance(step, PrefillStep):
-            return self._prefill(step)
+        match step:
+            case PrefillStep():
+                return self._prefill(step)
+            case MigrateStep():
+                return self._migrate(step)
         return self._decode(step)
 
     def release(self, request: RequestId) -> None:
@@ -130,18 +148,35 @@ class BlockAllocator:
         kv = self._held.get(request)
         return 0 if kv is None else kv.computed
 
-    def shares(self, request: RequestId) -> tuple[Share, ...]:
-        """KV tokens of a request by instance, ascending; no empty shares."""
+    def whereabouts(self, request: RequestId) -> Whereabouts:
+        """Where the KV of a request lies."""
         kv = self._held.get(request)
         if kv is None:
-            return ()
-        return tuple(Share(i, run.tokens) for i, run in sorted(kv.runs.items()))
+            return NOWHERE
+        last, room = kv.last_instance, self._room(kv)
+        tail = Share(last, room) if room else None
+        # Nearly always: on one instance, without a hole.
+        if len(kv.runs) == 1 and kv.runs[last].blocks * self.block_size == kv.computed + room:
+            return Whereabouts(kv.computed, (Share(last, kv.computed),), tail, ())
+        shares, holes = [], []
+        for instance, run in sorted(kv.runs.items()):
+            shares.append(Share(instance, run.tokens))
+            unused = run.blocks * self.block_size - run.tokens - (instance == last) * room
+            if unused:
+                holes.append(Share(instance, unused))
+        return Whereabouts(kv.computed, tuple(shares), tail, tuple(holes))
+
+    def shares(self, request: RequestId) -> tuple[Share, ...]:
+        """See `Whereabouts`."""
+        return self.whereabouts(request).shares
 
     def tail(self, request: RequestId) -> Share | None:
-        """Where the next token needs no new block, and for how many tokens that holds."""
-        kv = self._held.get(request)
-        room = self._room(kv)
-        return None if kv is None or room == 0 else Share(kv.last_instance, room)
+        """See `Whereabouts`."""
+        return self.whereabouts(request).tail
+
+    def holes(self, request: RequestId) -> tuple[Share, ...]:
+        """See `Whereabouts`."""
+        return self.whereabouts(request).holes
 
     def entries(self, request: RequestId, instance: InstanceId) -> Int32[np.ndarray, "N 3"]:
         """A copy of `(slot, position, count)` of a request's blocks on an instance."""
@@ -269,6 +304,53 @@ class BlockAllocator:
         if tokens:
             entries[-1, 2] = tokens - (wanted - 1) * self.block_size
         return entries
+
+    # ---- migrate ---------------------------------------------------------------------
+
+    def _migrate(self, step: MigrateStep) -> MigrateSlots:
+        for move in step.moves:
+            self._check_instance(step, move.request, move.target)
+        cuts = cut_moves(step, self._held, self._blocks, self.block_size)
+        wanted = [0] * self.instances
+        for cut in cuts:
+            wanted[cut.move.target] += len(cut.given)
+        self._check_free(step, wanted)
+        for cut in cuts:
+            self._arrive(cut)
+        for cut in cuts:
+            self._leave(cut)
+        return MigrateSlots(
+            seq=step.seq,
+            moves=tuple(
+                MoveSlots(
+                    request=cut.move.request,
+                    source=cut.move.source,
+                    target=cut.move.target,
+                    taken=cut.taken,
+                    given=cut.given,
+                    left=cut.left,
+                )
+                for cut in cuts
+            ),
+        )
+
+    def _arrive(self, cut: Cut) -> None:
+        """Gives moved tokens their new blocks; they keep the old ones for now."""
+        move, given = cut.move, cut.given
+        kv = self._held[move.request]
+        given[:, 0] = self._blocks[move.target].take(len(given)) * self.block_size
+        kv.run_on(move.target).insert(given, move.tokens)
+        if move.source == kv.last_instance:  # the newest token goes with the first such move
+            kv.last_instance = move.target
+            kv.next_slot = int(given[-1, 0] + given[-1, 2])
+
+    def _leave(self, cut: Cut) -> None:
+        """Gives up what a move leaves empty."""
+        source, runs = cut.move.source, self._held[cut.move.request].runs
+        dropped = runs[source].keep_oldest(cut.left)
+        self._blocks[source].drop(dropped // self.block_size)
+        if not runs[source].tokens:
+            del runs[source]
 
     # ---- checks ----------------------------------------------------------------------
 

@@ -5,10 +5,34 @@ Plain records; `loongjax.kvcache.BlockAllocator` decides what stands in them.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from jaxtyping import Int32
 
+from loongjax.plan import Share
+
 _FIRST_ROOM = 4
+
+
+class Whereabouts(NamedTuple):
+    """Where a request's KV lies, in token counts.
+
+    computed: all its KV tokens.
+    shares: those by instance, ascending; no empty shares.
+    tail: where the next token needs no new block, and for how many tokens that holds.
+    holes: slots in its blocks that its next tokens cannot take, by instance; no empty shares.
+      They lie behind a token that was not its newest when more came, or that was left behind
+      by a move.
+    """
+
+    computed: int
+    shares: tuple[Share, ...]
+    tail: Share | None
+    holes: tuple[Share, ...]
+
+
+NOWHERE = Whereabouts(0, (), None, ())
 
 
 class Run:
@@ -26,6 +50,11 @@ class Run:
         self.tokens = 0
         self._length = 0
         self._buffer = np.empty((_FIRST_ROOM, 3), np.int32)
+
+    @property
+    def blocks(self) -> int:
+        """How many entries there are."""
+        return self._length
 
     @property
     def entries(self) -> Int32[np.ndarray, "N 3"]:
@@ -53,6 +82,24 @@ class Run:
         self._buffer[self._length : end] = entries
         self._length = end
         self.tokens += tokens
+
+    def insert(self, entries: Int32[np.ndarray, "N 3"], tokens: int) -> None:
+        """New blocks with tokens of any positions. O(entries)."""
+        self.extend(entries, tokens)
+        merged = self.entries
+        merged[:] = merged[np.argsort(merged[:, 1], kind="stable")]
+
+    def keep_oldest(self, left: Int32[np.ndarray, "K 3"]) -> Int32[np.ndarray, " dropped"]:
+        """Shrinks to `left`, which is how it begins, its last entry perhaps cut short.
+
+        Returns:
+          Where the blocks begin that it gives up.
+        """
+        dropped = self.entries[len(left) :, 0].copy()
+        self._length = len(left)
+        self.entries[:] = left
+        self.tokens = int(left[:, 2].sum())
+        return dropped
 
     def copy(self) -> Run:
         """The same entries, to be changed apart."""

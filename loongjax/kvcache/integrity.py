@@ -69,6 +69,10 @@ class _Claims:
             raise IntegrityError(
                 f"{where}: entries hold {counts.sum()} tokens, booked are {run.tokens}. {_HINT}"
             )
+        if (np.diff(entries[:, 1]) <= 0).any():
+            raise IntegrityError(
+                f"{where}: positions {entries[:, 1].tolist()} do not ascend. {_HINT}"
+            )
         differs = (self._entries[blocks] != entries).any(1) & (self.holders[blocks] > 0)
         if differs.any():
             raise IntegrityError(

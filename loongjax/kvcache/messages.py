@@ -47,4 +47,37 @@ class DecodeSlots:
     positions: tuple[int, ...]
 
 
-SlotPlan: TypeAlias = PrefillSlots | DecodeSlots
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class MoveSlots:
+    """Slots of one move.
+
+    Attributes:
+      request: Whose KV it is.
+      source, target: From where to where.
+      taken: int32 [N, 3], the moved tokens' old places, positions ascending.
+      given: int32 [M, 3], their new places, positions ascending; counts sum to the same.
+      left: int32 [K, 3], all entries that `source` still holds of the request after this move;
+        positions ascending.
+    """
+
+    request: RequestId
+    source: InstanceId
+    target: InstanceId
+    taken: np.ndarray
+    given: np.ndarray
+    left: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MigrateSlots:
+    """Slots of a `MigrateStep`: one item for each move, in the step's order.
+
+    The slots in `taken` are free as soon as the step is applied: steps on an instance run in
+    the order of their launches, so nobody writes there before the KV has left.
+    """
+
+    seq: int
+    moves: tuple[MoveSlots, ...]
+
+
+SlotPlan: TypeAlias = PrefillSlots | DecodeSlots | MigrateSlots

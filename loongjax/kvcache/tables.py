@@ -36,15 +36,17 @@ class TableUpdates:
 class _Region:
     """Rows `start` to `start + size` are reserved, the first `length` are filled.
 
-    `next_slot` and `next_position` follow the last entry's last token.
+    `newest` is the place of the entry with the highest position; `next_slot` and
+    `next_position` follow its last token.
     """
 
-    __slots__ = ("length", "next_position", "next_slot", "size", "start")
+    __slots__ = ("length", "newest", "next_position", "next_slot", "size", "start")
 
     def __init__(self, start: int = 0, size: int = 0) -> None:
         self.start = start
         self.size = size
         self.length = 0
+        self.newest = 0
         self.next_slot = self.next_position = -1
 
     @property
@@ -85,10 +87,11 @@ class BlockTable:
         return 3 * blocks
 
     def append(self, request: RequestId, entries: Int32[np.ndarray, "N 3"]) -> None:
-        """Adds entries behind those that the request has.
+        """Adds entries, positions ascending, behind those that the request has.
 
-        A first entry that continues the last one in its block is merged with it, so that a
-        block has one entry however often it was written.
+        A first entry that continues the one with the highest position in its block is merged
+        with it, so that a block has one entry however often it was written. Entries that
+        moved here may have lower positions than those that the request has.
 
         Raises:
           IntegrityError: The table is full; nothing has changed then.
@@ -107,7 +110,7 @@ class BlockTable:
         if length > region.size:
             self._reserve(request, region, length)
         if continues:
-            row = region.start + region.length - 1
+            row = region.start + region.newest
             self.entries[row, 2] += count
             self._changed_rows.add(row)
             entries = entries[1:]
@@ -121,8 +124,37 @@ class BlockTable:
             region.length = length
         if added > 1:
             slot, position, count = entries[-1].tolist()
-        region.next_slot = slot + count
-        region.next_position = position + count
+        if position >= region.next_position:
+            if added > continues:
+                region.newest = region.length - 1
+            region.next_slot = slot + count
+            region.next_position = position + count
+
+    def replace(self, request: RequestId, entries: Int32[np.ndarray, "N 3"]) -> None:
+        """Lets a request have these entries alone, positions ascending: no more than it has.
+
+        Raises:
+          IntegrityError: There are more; nothing has changed then.
+        """
+        start, length = self.region(request)
+        if len(entries) > length:
+            raise IntegrityError(
+                f"request {request!r} has {length} entries in the block table, which cannot be "
+                f"replaced by {len(entries)}. Add new ones with BlockTable.append."
+            )
+        if not len(entries):
+            self.release(request)
+            return
+        region = self._regions[request]
+        rows = self.entries[start : start + len(entries)]
+        changed = np.flatnonzero((rows != entries).any(1)) + start
+        rows[:] = entries
+        self._changed_rows.update(changed.tolist())
+        region.length = len(entries)
+        region.newest = region.length - 1
+        slot, position, count = entries[-1].tolist()
+        region.next_slot, region.next_position = slot + count, position + count
+        self._shrink(region)
 
     def region(self, request: RequestId) -> tuple[int, int]:
         """First row and number of a request's entries; (0, 0) if it has none."""
@@ -172,6 +204,13 @@ class BlockTable:
             self._compact(request, region, size)
         region.size = size
         self._regions[request] = region
+
+    def _shrink(self, region: _Region) -> None:
+        """Gives back the rows that a region of so many entries would not have reserved."""
+        size = 1 << region.length.bit_length()
+        while region.size > size:
+            region.size //= 2
+            self._give_back(_Region(start=region.end, size=region.size))
 
     def _find(self, size: int) -> int | None:
         """Takes so many rows: a free region of this size, else behind all others."""

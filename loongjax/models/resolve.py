@@ -13,8 +13,8 @@ from pathlib import Path
 
 from loongjax.errors import ModelError
 from loongjax.models.config import ModelConfig
+from loongjax.models.tokenizer_files import TokenizerFiles
 from loongjax.models.weights import WeightSource
-from loongjax.text.files import TokenizerFiles
 
 _RANDOM = "random:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

@@ -7,6 +7,7 @@ most a third of such a bucket is padding, with two programs for each doubling.
 from __future__ import annotations
 
 MIN_CHUNK_TOKENS = 64
+MIGRATE_TOKENS = 1024  # that a rank sends to each other in one launch; longer moves take several
 MIN_ROWS = 4  # on CPU, matrix products of 1 to 3 rows are not faster than of 4
 
 

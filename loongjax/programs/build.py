@@ -13,12 +13,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from loongjax.cluster.mesh import SP, TP
 from loongjax.esp.decode import decode
+from loongjax.esp.migrate import migrate
 from loongjax.esp.prefill import prefill
 from loongjax.kvcache.pool import POOL_SPECS, KVPool
 from loongjax.models.config import ModelConfig
 from loongjax.models.decoder import Decoder
 from loongjax.models.weights import LeafSpec, Tree, weight_leaves
-from loongjax.programs.spec import ProgramSpec, meta_layout
+from loongjax.programs.spec import ProgramSpec
 
 META_SPEC = PartitionSpec(SP, None)
 TOKEN_SPEC = PartitionSpec(SP)
@@ -84,8 +85,10 @@ def argument_shapes(spec: ProgramSpec, shapes: ProgramShapes, mesh: Mesh) -> tup
         leaves,
     )
     pool = jax.tree.map(on_mesh, shapes.pool_shapes(spec.degree), POOL_SPECS)
-    size = meta_layout(spec).size
+    size = spec.layout.size
     meta = on_mesh(jax.ShapeDtypeStruct((spec.degree, size), jnp.int32), META_SPEC)
+    if spec.kind == "migrate":
+        return pool, meta
     if spec.kind != "decode":
         return weights, pool, meta
     tokens = jax.ShapeDtypeStruct((spec.degree * spec.rows,), jnp.int32)
@@ -95,28 +98,38 @@ def argument_shapes(spec: ProgramSpec, shapes: ProgramShapes, mesh: Mesh) -> tup
 def lower(spec: ProgramSpec, shapes: ProgramShapes, mesh: Mesh) -> jax.stages.Lowered:
     """Traces and lowers one program; the pool is donated."""
     arguments = argument_shapes(spec, shapes, mesh)
-    layout = meta_layout(spec)
-    decoder = Decoder(shapes.config, shapes.tp)
-    body: Callable[..., tuple[KVPool, jax.Array]] = prefill if spec.kind != "decode" else decode
-    options: dict[str, Any] = {
-        "decoder": decoder,
-        "degree": spec.degree,
-        "block_size": shapes.block_size,
-    }
-    if spec.kind != "decode":
-        options["with_history"] = spec.kind == "extend"
-
-    def on_rank(
-        weights: Tree, pool: KVPool, meta_1xM: jax.Array, *previous: jax.Array
-    ) -> tuple[KVPool, jax.Array]:
-        return body(weights, pool, layout.views(meta_1xM[0]), *previous, **options)
-
-    in_specs = jax.tree.map(lambda argument: argument.sharding.spec, arguments)
+    body = _body(spec, shapes)
     program = jax.shard_map(
-        on_rank,
+        body,
         mesh=mesh,
-        in_specs=in_specs,
+        in_specs=jax.tree.map(lambda argument: argument.sharding.spec, arguments),
         out_specs=(POOL_SPECS, TOKEN_SPEC),
         check_vma=False,  # replication over tp is by construction, not inferred
     )
-    return jax.jit(program, donate_argnums=1).lower(*arguments)
+    return jax.jit(program, donate_argnums=pool_argument(spec)).lower(*arguments)
+
+
+def pool_argument(spec: ProgramSpec) -> int:
+    """The place of the pool among a program's arguments."""
+    return 0 if spec.kind == "migrate" else 1
+
+
+def _body(spec: ProgramSpec, shapes: ProgramShapes) -> Callable[..., tuple[KVPool, jax.Array]]:
+    """What one rank runs, on its own shards."""
+    layout, degree = spec.layout, spec.degree
+    common: dict[str, Any] = {
+        "decoder": Decoder(shapes.config, shapes.tp),
+        "degree": degree,
+        "block_size": shapes.block_size,
+    }
+
+    def on_rank(weights: Tree, pool: KVPool, meta_1xM: jax.Array, *previous: jax.Array) -> Any:
+        meta = layout.views(meta_1xM[0])
+        if spec.kind == "decode":
+            return decode(weights, pool, meta, *previous, **common)
+        return prefill(weights, pool, meta, **common, with_history=spec.kind == "extend")
+
+    def move(pool: KVPool, meta_1xM: jax.Array) -> Any:
+        return migrate(pool, layout.views(meta_1xM[0]), degree=degree)
+
+    return move if spec.kind == "migrate" else on_rank

@@ -73,7 +73,10 @@ class ProgramLibrary:
         stored = StoredProgram(data=to_bytes(program), compiled_for=_ids(mesh))
         self._serialized[spec] = stored
         if self._store:
-            self._store.save(key, stored)
+            try:
+                self._store.save(key, stored)
+            except OSError as error:  # the program runs all the same; the next start compiles
+                _log.warning("could not keep compiled program %s: %s", spec.name, error)
         return program
 
     def _bind(self, spec: ProgramSpec, stored: StoredProgram, mesh: Mesh) -> jax.stages.Compiled:

@@ -2,15 +2,16 @@
 
 Owns the meaning of a plan: what may stand in it, given a snapshot. Owns no books: blocks
 are counted the way `BlockAllocator` gives them out, so that a valid plan is never refused
-there. One number is not in a snapshot: the blocks that a preempted request gives back. They
-are counted from its shares, each rounded up to whole blocks, which is a lower bound (it may
-hold several partly filled blocks on one instance). Pure Python; O(rows + shares) a plan.
+there. One thing is not in a snapshot: how a request's tokens lie in its blocks, if those are
+larger than a token. So a move counts as many blocks as it may need at most, which is exact
+where KV without holes moves. Blocks shared with a fork are not known either: moves of those
+are refused by the allocator alone. Pure Python; O(rows + shares) a plan.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -21,6 +22,8 @@ from loongjax.plan import (
     DecodeStep,
     InstanceId,
     InstanceView,
+    MigrateStep,
+    Move,
     Placement,
     Plan,
     PrefillStep,
@@ -47,10 +50,13 @@ def validate(snapshot: Snapshot, plan: Plan) -> None:
     _check_groups(books, plan.steps)
     _check_requests(books, plan.steps, gone)
     for step in plan.steps:
-        if isinstance(step, PrefillStep):
-            _check_prefill(books, step)
-        else:
-            _check_decode(books, step)
+        match step:
+            case PrefillStep():
+                _check_prefill(books, step)
+            case DecodeStep():
+                _check_decode(books, step)
+            case MigrateStep():
+                _check_migrate(books, step)
     _check_capacity(books, plan)
 
 
@@ -70,6 +76,14 @@ class _Books:
 
     def get(self, request: RequestId) -> RequestView | None:
         return self.waiting.get(request) or self.running.get(request)
+
+    def held(self, view: RequestView) -> dict[InstanceId, int]:
+        """Blocks that a request holds, by instance."""
+        slots = Counter(dict(view.kv))
+        slots.update(dict(view.holes))
+        if view.tail is not None:
+            slots[view.tail.instance] += view.tail.tokens
+        return {instance: n // self.snapshot.block_size for instance, n in slots.items()}
 
 
 def blocks_for(tokens: int, block_size: int) -> int:
@@ -152,9 +166,6 @@ def _check_groups(books: _Books, steps: tuple[Step, ...]) -> None:
 def _check_requests(books: _Books, steps: tuple[Step, ...], gone: set[RequestId]) -> None:
     seen: dict[RequestId, Step] = {}
     for step in steps:
-        pool, kind = (
-            (books.waiting, "wait") if isinstance(step, PrefillStep) else (books.running, "run")
-        )
         for name in step_requests(step):
             if books.get(name) is None:
                 _refuse(step, f"there is no request {name!r}. Leave it out")
@@ -168,11 +179,21 @@ def _check_requests(books: _Books, steps: tuple[Step, ...], gone: set[RequestId]
                 )
             if name in books.snapshot.in_flight:
                 _refuse(step, f"a step in flight works on request {name!r}. Wait until it ended")
-            if name not in pool:
-                _refuse(step, f"request {name!r} does not {kind}. Plan a step of the other kind")
+            if lacks := _lacks(books, step, name):
+                _refuse(step, f"request {name!r} does not {lacks}. Plan a step of the other kind")
             seen[name] = step
         if not step_requests(step):
             _refuse(step, "it works on no request. Leave it out")
+
+
+def _lacks(books: _Books, step: Step, name: RequestId) -> str | None:
+    """What a request does not do though a step of this kind needs it; KV of anybody may move."""
+    match step:
+        case PrefillStep() if name not in books.waiting:
+            return "wait"
+        case DecodeStep() if name not in books.running:
+            return "run"
+    return None
 
 
 # ---- prefill ----------------------------------------------------------------------------
@@ -300,6 +321,38 @@ def _check_homes(step: Step, view: RequestView) -> None:
             )
 
 
+# ---- migrate ----------------------------------------------------------------------------
+
+
+def _check_migrate(books: _Books, step: MigrateStep) -> None:
+    targets = {(move.request, move.target) for move in step.moves}
+    left: dict[tuple[RequestId, InstanceId], int] = {}
+    for move in step.moves:
+        for role, instance in (("source", move.source), ("target", move.target)):
+            if instance not in step.group:
+                _refuse(
+                    step,
+                    f"group {step.group} lacks instance {instance}, the {role} of a move of "
+                    f"request {move.request!r}. Add {instance} to the group",
+                )
+        if (move.request, move.source) in targets:
+            _refuse(
+                step,
+                f"KV of request {move.request!r} moves both to instance {move.source} and away "
+                "from it. Move it straight to where it shall be",
+            )
+        place = (move.request, move.source)
+        view = books.get(move.request)
+        held = left[place] if place in left else dict(view.kv if view else ()).get(move.source, 0)
+        if not 1 <= move.tokens <= held:
+            _refuse(
+                step,
+                f"{move.tokens} KV tokens of request {move.request!r} are to leave instance "
+                f"{move.source}, which holds {held} then. Move at least 1, and what is there",
+            )
+        left[place] = held - move.tokens
+
+
 # ---- capacity ---------------------------------------------------------------------------
 
 
@@ -308,16 +361,12 @@ def _check_capacity(books: _Books, plan: Plan) -> None:
     size = books.snapshot.block_size
     freed: Counter[InstanceId] = Counter()
     for name in plan.preempt:
-        view = books.get(name)
-        for instance, tokens in view.kv if view else ():
-            freed[instance] += blocks_for(tokens, size)
+        if view := books.get(name):
+            freed.update(books.held(view))
     for step in plan.steps:
         wanted: Counter[InstanceId] = Counter()
-        for name, shares in _new_tokens(step):
-            view = books.get(name)
-            tail = view.tail if view else None
-            for instance, blocks in new_blocks(shares, tail, size):
-                wanted[instance] += blocks
+        for instance, blocks in _wanted(books, step):
+            wanted[instance] += blocks
         for instance in step.group:
             free = books.instances[instance].free_slots // size + freed[instance]
             if wanted[instance] > free:
@@ -329,7 +378,37 @@ def _check_capacity(books: _Books, plan: Plan) -> None:
                 )
 
 
-def _new_tokens(step: Step) -> Iterable[tuple[RequestId, tuple[Share, ...]]]:
+def _wanted(books: _Books, step: Step) -> Iterator[tuple[InstanceId, int]]:
+    """Blocks that a step takes; an instance may come up often."""
+    if isinstance(step, MigrateStep):
+        before: Counter[tuple[RequestId, InstanceId]] = Counter()
+        for move in step.moves:
+            place = (move.request, move.source)
+            yield move.target, _moved_blocks(books, move, before[place])
+            before[place] += move.tokens
+        return
+    for name, shares in _new_tokens(step):
+        view = books.get(name)
+        yield from new_blocks(shares, view.tail if view else None, books.snapshot.block_size)
+
+
+def _moved_blocks(books: _Books, move: Move, before: int) -> int:
+    """Blocks that a move takes at most; `before` are the tokens that left its source earlier.
+
+    Its tokens take no more blocks than they lay in. Of all blocks at the source, those are not
+    among them that lie wholly in what was moved before, or wholly in what stays.
+    """
+    view = books.get(move.request)
+    if view is None:
+        return 0
+    size = books.snapshot.block_size
+    tail = view.tail.tokens if view.tail and view.tail.instance == move.source else 0
+    stays = dict(view.kv)[move.source] - before - move.tokens
+    touched = books.held(view)[move.source] - (before + tail) // size - stays // size
+    return min(move.tokens, touched)
+
+
+def _new_tokens(step: PrefillStep | DecodeStep) -> Iterable[tuple[RequestId, tuple[Share, ...]]]:
     """For each request of a step: where its new tokens go, in their order."""
     if isinstance(step, PrefillStep):
         return [(placement.request, placement.shares) for placement in step.keep]

@@ -4,8 +4,8 @@ Owns everything between a user's string and a request's token ids. Pure host cod
 imports no jax and no torch.
 """
 
+from loongjax.models.tokenizer_files import TokenizerFiles
 from loongjax.text.detokenizer import IncrementalDetokenizer
-from loongjax.text.files import TokenizerFiles
 from loongjax.text.load import load_tokenizer
 from loongjax.text.tokenizer import Tokenizer
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from loongjax.errors import ModelError
+from loongjax.models.tokenizer_files import TokenizerFiles
 from loongjax.text.byte_vocabulary import byte_tokenizer
-from loongjax.text.files import TokenizerFiles
 from loongjax.text.gguf_tokenizer import load_gguf_tokenizer
 from loongjax.text.hf_folder import load_hf_tokenizer
 from loongjax.text.tokenizer import Tokenizer

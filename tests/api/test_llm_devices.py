@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from loongjax import LLM, SamplingParams
+from loongjax.api.build import build_engine
+from loongjax.config import ClusterConfig, EngineConfig, PoolConfig
 from loongjax.errors import BackendStartedError, CapacityError, ConfigError, RequestError
 from tests.esp.rig import TINY, reference_logits
 
@@ -64,6 +66,27 @@ def test_many_requests_say_what_the_reference_says(programs, slots, block_size):
     assert all(len(output.token_ids) == 12 for output in outputs)
     assert ties <= 0.005 * 24 * 12
     assert len(degrees) > 1 or slots == 512
+
+
+def test_long_prompts_are_computed_in_chunks(programs):
+    """On groups that change from chunk to chunk, with short requests in between."""
+    rng = np.random.default_rng(6)
+    prompts = [rng.integers(0, TINY.vocab_size, length).tolist() for length in (220, 30, 190, 9)]
+    config = EngineConfig(
+        cluster=ClusterConfig(instances=2),
+        pool=PoolConfig(block_size=4, slots=256),
+        max_model_len=256,
+        max_chunk_tokens=64,
+        program_dir=programs,
+    )
+    built = build_engine("random:tiny", config)
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    with LLM.from_engine(built.engine, built.tokenizer) as llm:
+        outputs = llm.generate(prompts, params)
+        assert used(llm) == 0
+    prefills = [run.count for run in outputs[0].steps if run.kind == "prefill"]
+    assert sum(prefills) >= 2  # 220 tokens do not fit 2 ranks of 64
+    assert sum(count_ties(output) for output in outputs) == 0
 
 
 def test_a_seed_gives_the_same_tokens_in_any_company(programs):

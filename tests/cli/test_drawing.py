@@ -33,3 +33,15 @@ def test_shows_who_worked_and_where_the_kv_lies():
     assert lines[4].startswith("decode at degree 2")
     assert lines[4].split()[4:] == ["·", "▒▒▒▒", "M", "▒▒▒▒", "·"]
     assert "2 tokens" in lines[5]
+
+
+def test_shows_where_moved_kv_arrived():
+    records = [
+        record(3, "migrate", (1, 2), tokens=3002, kept=(Share(1, 3002),)),
+        record(4, "decode", (1,), tokens=1, kept=(Share(1, 1),), masters=(1,)),
+    ]
+    lines = draw_request(records, 4).splitlines()
+    assert lines[1].startswith("migrate at degree 2")
+    assert lines[1].split()[4:] == ["·", "3,002", "·", "·"]
+    assert lines[2].strip() == "3,002 KV tokens moved: 0.5 s"
+    assert lines[3].startswith("decode at degree 1")

@@ -2,21 +2,24 @@
 
 It remembers which token of which request every slot of the pool holds, and refuses (by an
 AssertionError, which kills the engine and so fails the test) whatever a real device would
-answer with wrong tokens: a slot overwritten, KV missing or outside the group, a busy
-instance, a request dropped while a step works on it.
+answer with wrong tokens: a slot overwritten, KV missing or outside the group, KV that moves
+from or to where it must not, a busy instance, a request dropped while a step works on it.
 """
 
 from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from loongjax.executor.protocol import ExecutorLimits, RequestInput
-from loongjax.kvcache.messages import PrefillSlots, SlotPlan
+from loongjax.kvcache.messages import DecodeSlots, MigrateSlots, MoveSlots, PrefillSlots, SlotPlan
 from loongjax.plan import (
     DecodeStep,
+    MigrateStep,
     PrefillStep,
     SampledToken,
     Step,
@@ -205,22 +208,47 @@ class FakeExecutor:
         for name in step_requests(step):
             self._check_grounded(name)
             homes = {instance for instance, _ in self._kv[name].values()}
-            assert homes <= set(step.group), "KV outside the group"
+            assert homes <= set(step.group) or isinstance(step, MigrateStep), "KV outside the group"
 
     def _check_grounded(self, request: str) -> None:
         for flight in self.flights:
             assert request not in step_requests(flight.step), "a step works on it"
 
     def _write(self, step: Step, slots: SlotPlan) -> None:
-        if isinstance(slots, PrefillSlots):
-            for share in slots.shares:
-                for slot, position, count in share.entries.tolist():
-                    for i in range(count):
-                        self._put(share.request, position + i, share.instance, slot + i)
-            return
-        assert isinstance(step, DecodeStep)
-        for row, slot, position in zip(step.rows, slots.slots, slots.positions, strict=True):
-            self._put(row.request, position, row.home, slot)
+        match step, slots:
+            case PrefillStep(), PrefillSlots():
+                for share in slots.shares:
+                    for position, slot in _places(share.entries).items():
+                        self._put(share.request, position, share.instance, slot)
+            case DecodeStep(), DecodeSlots():
+                rows = zip(step.rows, slots.slots, slots.positions, strict=True)
+                for row, slot, position in rows:
+                    self._put(row.request, position, row.home, slot)
+            case MigrateStep(), MigrateSlots():
+                assert [
+                    (move.request, move.source, move.target, len(_places(move.given)))
+                    for move in slots.moves
+                ] == list(step.moves)
+                assert {i for move in step.moves for i in move[1:3]} <= set(step.group)
+                for move in slots.moves:
+                    self._move(move)
+            case _:
+                raise AssertionError("slots of another kind of step")
+
+    def _move(self, move: MoveSlots) -> None:
+        """KV goes from `taken`, where it lies, to `given`; what stays is `left`."""
+        kv = self._kv[move.request]
+        old, new = _places(move.taken), _places(move.given)
+        assert list(old) == list(new), "other tokens arrive than left"
+        for position, slot in old.items():
+            assert kv[position] == (move.source, slot), "KV moves from where it is not"
+            assert self._is_there(move.request, position), "KV was overwritten before it moved"
+            del kv[position]
+        stays = {p: slot for p, (instance, slot) in kv.items() if instance == move.source}
+        assert stays == _places(move.left)
+        assert all(p < min(old) for p in stays), "older tokens moved than stayed"
+        for position, slot in new.items():
+            self._put(move.request, position, move.target, slot)
 
     def _put(self, request: str, position: int, instance: int, slot: int) -> None:
         assert position not in self._kv[request], "KV computed twice"
@@ -234,16 +262,34 @@ class FakeExecutor:
             for place in [place for place in self._pool if place[0] in step.group]:
                 del self._pool[place]
             return StepResult(seq=step.seq, error=error, **times)
+        for name, position in self._arrived(step):
+            assert self._is_there(name, position)
         tokens = []
         for name, end in _ends(step, self._tokens):
             known = self._tokens[name]
-            for position in range(end):
-                place = self._kv[name][position]
-                assert self._pool.get(place) == (name, position), "KV overwritten or lost"
+            assert all(self._is_there(name, position) for position in range(end))
             if end == len(known):
                 tokens.append(SampledToken(name, next_token(known)))
                 known.append(tokens[-1].token)
         return StepResult(seq=step.seq, tokens=tuple(tokens), **times)
+
+    def _arrived(self, step: Step) -> Iterator[tuple[str, int]]:
+        """The tokens of all requests that a migration moved KV of, as far as in its group."""
+        for name in step_requests(step) if isinstance(step, MigrateStep) else ():
+            for position, (instance, _) in self._kv[name].items():
+                if instance in step.group:
+                    yield name, position
+
+    def _is_there(self, request: str, position: int) -> bool:
+        """Whether KV is where it was written, not overwritten and not lost."""
+        return self._pool.get(self._kv[request][position]) == (request, position)
+
+
+def _places(entries: np.ndarray) -> dict[int, int]:
+    """The slot of every position in some entries."""
+    return {
+        position + i: slot + i for slot, position, count in entries.tolist() for i in range(count)
+    }
 
 
 def _ends(step: Step, tokens: dict[str, list[int]]) -> list[tuple[str, int]]:
@@ -253,4 +299,6 @@ def _ends(step: Step, tokens: dict[str, list[int]]) -> list[tuple[str, int]]:
         for chunk, (name, end) in zip(step.chunks, ends, strict=True):
             assert chunk.last == (end == len(tokens[name]))
         return ends
+    if isinstance(step, MigrateStep):
+        return []
     return [(row.request, len(tokens[row.request])) for row in step.rows]

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loongjax.engine import FinishedEvent
-from loongjax.plan import Step
+from loongjax.executor.protocol import ExecutorLimits
+from loongjax.plan import MigrateStep, Step
 from loongjax.scheduler.policies.first_come import FirstCome
 from tests.engine.fake_executor import FakeExecutor, Flight, answer
 from tests.engine.rig import Rig, collect, rig
@@ -32,8 +33,9 @@ class Chaos:
     def fail(self, step: Step) -> str | None:
         return "chaos" if self._random.random() < self._failures else None
 
-    def executor(self) -> FakeExecutor:
-        return FakeExecutor(order=self.order, fail=self.fail)
+    def executor(self, max_chunk_tokens: int = 64) -> FakeExecutor:
+        limits = ExecutorLimits(max_chunk_tokens=max_chunk_tokens, max_rows=8)
+        return FakeExecutor(limits=limits, order=self.order, fail=self.fail)
 
 
 def check(prompt: Sequence[int], wanted: int, tokens: tuple[int, ...], end: FinishedEvent) -> None:
@@ -85,19 +87,21 @@ def test_many_threads_submit_and_abort_at_once() -> None:
     block_size=st.sampled_from([1, 3, 16]),
     failures=st.sampled_from([0.0, 0.05]),
     slots=st.sampled_from([64, 256]),
+    chunk=st.sampled_from([4, 16, 64]),
     sizes=st.lists(st.tuples(st.integers(1, 50), st.integers(1, 10)), min_size=1, max_size=10),
 )
-def test_answer_does_not_depend_on_order_company_preemption_or_failures(
+def test_answer_does_not_depend_on_order_company_chunks_preemption_or_failures(
     seed: int,
     instances: int,
     block_size: int,
     failures: float,
     slots: int,
+    chunk: int,
     sizes: list[tuple[int, int]],
 ) -> None:
     chaos = Chaos(seed, failures)
     with rig(
-        executor=chaos.executor(),
+        executor=chaos.executor(chunk),
         policy=FirstCome(headroom=0),
         instances=instances,
         slots=slots,
@@ -111,3 +115,28 @@ def test_answer_does_not_depend_on_order_company_preemption_or_failures(
             tokens, end = collect(handle)
             check(range(n, n + prompt), wanted, tokens, end)
             assert failures or end.reason == "length"
+
+
+def test_kv_comes_together_while_the_pool_is_nearly_full() -> None:
+    """Requests of like size, in random order of completion: some grow, and shrink again."""
+    moves = 0
+    for seed in range(4):
+        chaos = Chaos(seed, failures=0.01)
+        rng = random.Random(seed)
+        with rig(
+            executor=chaos.executor(8),
+            policy=FirstCome(tokens_per_rank=8, headroom=4),
+            instances=4,
+            slots=24,
+            block_size=1,
+        ) as it:
+            sizes = [(rng.randint(2, 16), rng.randint(2, 24)) for _ in range(16)]
+            handles = [
+                it.submit(str(n), tuple(range(prompt)), max_tokens=wanted)
+                for n, (prompt, wanted) in enumerate(sizes)
+            ]
+            for (prompt, wanted), handle in zip(sizes, handles, strict=True):
+                tokens, end = collect(handle)
+                check(range(prompt), wanted, tokens, end)
+            moves += sum(isinstance(step, MigrateStep) for step in it.executor.submitted)
+    assert moves

@@ -41,6 +41,15 @@ def test_prompt_too_long_for_one_instance_is_served_by_two() -> None:
         assert it.engine.steps_of("a")[0].degree == 2
 
 
+def test_prompt_too_long_for_any_step_is_served_in_chunks() -> None:
+    prompt = tuple(range(150))  # two instances take 128 tokens in a step
+    with rig() as it:
+        tokens, _ = collect(it.submit("a", prompt))
+        assert tokens == answer(prompt, 4)
+        lengths = [r.tokens for r in it.engine.steps_of("a") if r.kind == "prefill"]
+        assert lengths == [128, 22]
+
+
 def test_eos_ends_the_answer() -> None:
     with rig(eos_ids=(ANSWER[3],)) as it:
         tokens, end = collect(it.submit("a", PROMPT, max_tokens=8))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from loongjax.cluster.topology import EverySubset
+from loongjax.engine import PoolSample, RequestRecord
 from loongjax.engine.history import History, make_record
 from loongjax.plan import (
     Chunk,
@@ -9,7 +11,9 @@ from loongjax.plan import (
     DecodeStep,
     Placement,
     PrefillStep,
+    RequestView,
     Share,
+    Snapshot,
     StepResult,
 )
 
@@ -65,3 +69,60 @@ def test_records_of_large_batches_are_bounded_too() -> None:
         history.add_step(decode(seq, "a", "b"), result(seq))
     assert [record.seq for record in history.steps()] == [2, 3]
     assert [record.seq for record in history.steps_of("b")] == [2, 3]
+
+
+def test_only_changes_of_the_pool_are_kept() -> None:
+    history = History()
+    history.add_pool(1.0, [Share(0, 0), Share(1, 8)])
+    history.add_pool(2.0, [Share(0, 4), Share(1, 8)])
+    history.add_pool(3.0, [Share(1, 0)])
+    assert history.pool() == (
+        PoolSample(1.0, 1, 8),
+        PoolSample(2.0, 0, 4),
+        PoolSample(3.0, 1, 0),
+    )
+
+
+def test_of_the_oldest_samples_the_last_of_each_instance_stays() -> None:
+    history = History(max_samples=2)
+    for time, instance, used in [(1, 0, 1), (2, 0, 2), (3, 1, 3), (4, 2, 4), (5, 2, 5)]:
+        history.add_pool(float(time), [Share(instance, used)])
+    assert history.pool() == (
+        PoolSample(2.0, 0, 2),
+        PoolSample(3.0, 1, 3),
+        PoolSample(4.0, 2, 4),
+        PoolSample(5.0, 2, 5),
+    )
+
+
+def ended(name: str, arrival: float) -> RequestRecord:
+    return RequestRecord(
+        id=name, prompt=3, generated=2, reason="stop", arrival=arrival, end=arrival + 1
+    )
+
+
+def test_requests_are_those_that_ended_and_those_that_are_open_still() -> None:
+    history = History(max_records=2)
+    for arrival, name in enumerate(["gone", "a", "b"]):
+        history.add_end(ended(name, float(arrival)), "stop")
+    views = [
+        RequestView(id="b", prompt=3, max_tokens=4, arrival=2.0),  # ended since the snapshot
+        RequestView(id="a", prompt=5, max_tokens=4, arrival=7.0, generated=1),  # the name again
+    ]
+    snapshot = Snapshot(
+        version=1,
+        next_seq=0,
+        block_size=1,
+        max_chunk_tokens=8,
+        max_rows=8,
+        waiting=tuple(views[:1]),
+        running=tuple(views[1:]),
+        instances=(),
+        in_flight=frozenset(),
+        topology=EverySubset(1),
+    )
+    assert history.requests(snapshot) == (
+        ended("a", 1.0),
+        ended("b", 2.0),
+        RequestRecord(id="a", prompt=5, generated=1, arrival=7.0),
+    )

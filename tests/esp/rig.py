@@ -34,9 +34,12 @@ from loongjax.plan import (
     DecodeRow,
     DecodeStep,
     Group,
+    MigrateStep,
+    Move,
     Placement,
     PrefillStep,
     Share,
+    Step,
     StepResult,
 )
 from pallas_kernels import reference
@@ -96,7 +99,7 @@ class Rig:
     ) -> StepResult:
         """Computes whole prompts (request: length); `keep` is tokens by instance."""
         step = PrefillStep(
-            seq=self._next(),
+            seq=self.next_seq(),
             group=group,
             chunks=tuple(
                 Chunk(request=name, start=0, length=length, last=True)
@@ -109,7 +112,7 @@ class Rig:
                 for name in prompts
             ),
         )
-        return self._run(step)
+        return self.run(step)
 
     def extend(
         self, group: Group, chunks: Sequence[Chunk], keep: Mapping[str, Mapping[int, int]]
@@ -122,23 +125,33 @@ class Rig:
             )
             for chunk in chunks
         )
-        step = PrefillStep(seq=self._next(), group=group, chunks=tuple(chunks), keep=placements)
-        return self._run(step)
+        step = PrefillStep(seq=self.next_seq(), group=group, chunks=tuple(chunks), keep=placements)
+        return self.run(step)
 
     def decode(self, group: Group, rows: Sequence[DecodeRow]) -> StepResult:
         """One decode step."""
-        return self._run(DecodeStep(seq=self._next(), group=group, rows=tuple(rows)))
+        return self.run(DecodeStep(seq=self.next_seq(), group=group, rows=tuple(rows)))
+
+    def migrate(self, group: Group, moves: Sequence[Move]) -> StepResult:
+        """Moves KV inside a group."""
+        return self.run(MigrateStep(seq=self.next_seq(), group=group, moves=tuple(moves)))
+
+    def homes(self, request: str) -> set[int]:
+        """Instances with KV of a request."""
+        return {share.instance for share in self.allocator.shares(request)}
 
     def release(self, request: str) -> None:
         """Ends a request."""
         self.allocator.release(request)
         self.executor.forget(request)
 
-    def _next(self) -> int:
+    def next_seq(self) -> int:
+        """The number of the next step."""
         self._seq += 1
         return self._seq
 
-    def _run(self, step: PrefillStep | DecodeStep) -> StepResult:
+    def run(self, step: Step) -> StepResult:
+        """Runs one step to its end."""
         self.executor.submit(step, self.allocator.apply(step))
         self.allocator.check_integrity()
         results = []

@@ -8,76 +8,27 @@ that comes out is held against a plain float32 forward pass over the same tokens
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loongjax.plan import DecodeRow
-from tests.esp.rig import TINY, WINDOWED, Rig, logits_of, probing, reference_logits
+from tests.esp.lives import Life, draw_group, draw_shares, expect
+from tests.esp.rig import TINY, WINDOWED, Rig, logits_of
 
-EPSILON = 1e-4  # relative to the largest logit: DESIGN's float32 bound
 _numbers = itertools.count()
 
 
-@dataclass
-class Life:
-    """One request: all tokens it will ever have, and what is known of it so far."""
-
-    name: str
-    tokens: list[int]
-    probe: int
-    known: int
-    homes: set[int] = field(default_factory=set)
-
-    def expect(self, model, got: float) -> None:
-        reference = reference_logits(self.tokens, model)
-        wanted = reference[self.known - 1, self.probe]
-        assert abs(got - wanted) <= EPSILON * np.abs(reference).max()
-
-
-@pytest.fixture(scope="module")
-def rigs(tmp_path_factory):
-    """Makes each rig once; programs are traced while `sample` is replaced."""
-    made = {}
-    folder = tmp_path_factory.mktemp("programs")
-    with probing():
-
-        def make(**options):
-            key = tuple(sorted(options.items(), key=str))
-            if key not in made:
-                made[key] = Rig(program_dir=folder, **options)
-            return made[key]
-
-        yield make
-        for rig in made.values():
-            rig.executor.close()
-
-
 def draw_life(data, model) -> Life:
-    length = data.draw(st.integers(1, 40), label="prompt")
-    seed = data.draw(st.integers(0, 10_000), label="tokens")
-    rng = np.random.default_rng(seed)
-    tokens = rng.integers(0, model.vocab_size, length + 12).tolist()
-    name = f"r{next(_numbers)}"
-    return Life(name, tokens, int(rng.integers(0, model.vocab_size)), length)
-
-
-def draw_group(data, instances: int, needed: set[int]) -> tuple[int, ...]:
-    more = data.draw(st.sets(st.integers(0, instances - 1), min_size=0 if needed else 1))
-    return tuple(sorted(needed | more))
-
-
-def draw_shares(data, group: tuple[int, ...], tokens: int) -> dict[int, int]:
-    """Any subset of the group, in any proportion."""
-    order = data.draw(st.permutations(group), label="order")
-    cuts = data.draw(
-        st.lists(st.integers(0, tokens), min_size=len(group) - 1, max_size=len(group) - 1)
+    prompt = data.draw(st.integers(1, 40), label="prompt")
+    rng = np.random.default_rng(data.draw(st.integers(0, 10_000), label="tokens"))
+    return Life(
+        name=f"r{next(_numbers)}",
+        tokens=rng.integers(0, model.vocab_size, prompt + 12).tolist(),
+        probe=int(rng.integers(0, model.vocab_size)),
+        prompt=prompt,
     )
-    edges = [0, *sorted(cuts), tokens]
-    return {i: b - a for i, a, b in zip(order, edges, edges[1:], strict=False)}
 
 
 def run_case(data, rig: Rig, instances: int) -> None:
@@ -93,35 +44,34 @@ def run_case(data, rig: Rig, instances: int) -> None:
 
 
 def admit(rig: Rig, life: Life) -> None:
-    rig.admit(life.name, life.tokens[: life.known], probe_token=life.probe)
+    rig.admit(life.name, life.tokens[: life.computed], probe_token=life.probe)
 
 
 def prefill_all(data, rig: Rig, instances: int, lives: list[Life]) -> None:
     packed = data.draw(st.booleans(), label="packed")
     for batch in [lives] if packed else [[life] for life in lives]:
         group = draw_group(data, instances, set())
-        keep = {life.name: draw_shares(data, group, life.known) for life in batch}
+        keep = {life.name: draw_shares(data, group, life.prompt) for life in batch}
         for life in batch:
+            life.computed = life.prompt
             admit(rig, life)
-            life.homes |= {i for i, n in keep[life.name].items() if n}
-        found = logits_of(rig.prefill(group, {life.name: life.known for life in batch}, keep))
+        found = logits_of(rig.prefill(group, {life.name: life.prompt for life in batch}, keep))
         for life in batch:
-            life.expect(rig.model, found[life.name])
+            expect(life, rig.model, found[life.name])
 
 
 def decode_some(data, rig: Rig, instances: int, lives: list[Life]) -> None:
     company = [life for life in lives if data.draw(st.booleans())] or lives[:1]
-    group = draw_group(data, instances, set().union(*(life.homes for life in company)))
+    group = draw_group(data, instances, set().union(*(rig.homes(life.name) for life in company)))
     rows = []
     for life in company:
-        life.known += 1
+        life.computed += 1
         admit(rig, life)
-        home = data.draw(st.sampled_from(group))
-        life.homes.add(home)
-        rows.append(DecodeRow(life.name, data.draw(st.sampled_from(group)), home))
+        master, home = (data.draw(st.sampled_from(group)) for _ in range(2))
+        rows.append(DecodeRow(life.name, master, home))
     found = logits_of(rig.decode(group, rows))
     for life in company:
-        life.expect(rig.model, found[life.name])
+        expect(life, rig.model, found[life.name])
 
 
 @settings(max_examples=200)

@@ -19,7 +19,7 @@ from loongjax.executor.inputs import (
 from loongjax.executor.protocol import RequestInput
 from loongjax.kvcache import BlockTable, DecodeSlots, PrefillSlots, ShareSlots
 from loongjax.plan import Chunk, DecodeRow, DecodeStep, Placement, PrefillStep, Share
-from loongjax.programs.spec import ProgramSpec, meta_layout
+from loongjax.programs.spec import ProgramSpec
 
 BLOCK_SIZE, BLOCKS, TRASH, INSTANCES = 4, 64, 256, 6
 BUCKET, ROWS = 64, 4
@@ -98,9 +98,10 @@ def draw_prefill(draw) -> Prefill:
 
 
 def fields_of(spec: ProgramSpec, inputs: StepInputs) -> list[dict[str, np.ndarray]]:
-    assert inputs.meta.dtype == np.int32
-    assert inputs.meta.shape == (spec.degree, meta_layout(spec).size)
-    return [meta_layout(spec).views(vector) for vector in inputs.meta]
+    (meta,) = inputs.metas
+    assert meta.dtype == np.int32
+    assert meta.shape == (spec.degree, spec.layout.size)
+    return [spec.layout.views(vector) for vector in meta]
 
 
 def check_sampling(spec, fields, rows, position_of) -> None:
@@ -172,7 +173,7 @@ def test_decode_inputs_equal_their_definition(data):
     degree = len(group)
     spec = ProgramSpec(kind="decode", degree=degree, bucket=ROWS, rows=ROWS)
     tables = [BlockTable(capacity=400, block_size=BLOCK_SIZE) for _ in group]
-    step_rows, slots, positions, logs = [], [], [], {}
+    step_rows, slots, positions, logs, running = [], [], [], {}, {}
     for number in range(data.draw(st.integers(1, 6))):
         room = [i for i in group if sum(row.master == i for row in step_rows) < ROWS]
         if not room:
@@ -193,10 +194,14 @@ def test_decode_inputs_equal_their_definition(data):
         row = DecodeRow(name, data.draw(st.sampled_from(room)), data.draw(st.sampled_from(group)))
         step_rows.append(row)
         slots.append(data.draw(st.integers(0, TRASH - 1)))
-        positions.append(data.draw(st.integers(0, 500)))
+        # The newest token is on the host, or it is still an output of the last step.
+        positions.append(len(logs[name]) - 1)
+        if data.draw(st.booleans()):
+            positions[-1] += 1
+            running[name] = data.draw(st.integers(0, degree * ROWS - 1))
     step = DecodeStep(seq=1, group=group, rows=tuple(step_rows))
     plan = DecodeSlots(seq=1, slots=tuple(slots), positions=tuple(positions))
-    inputs = decode_inputs(spec, step, plan, logs, tables, TRASH)
+    inputs = decode_inputs(spec, step, plan, logs, tables, TRASH, running)
     fields = fields_of(spec, inputs)
 
     assert [name for name, _ in inputs.rows] == [row.request for row in step_rows]
@@ -213,7 +218,10 @@ def test_decode_inputs_equal_their_definition(data):
         inputs.rows, step_rows, slots, positions, strict=True
     ):
         assert place // ROWS == group.index(row.master)
-        wanted["token"][place // ROWS, place % ROWS] = logs[name].last
+        if name in running:
+            wanted["source"][place // ROWS, place % ROWS] = running[name]
+        else:
+            wanted["token"][place // ROWS, place % ROWS] = logs[name][-1]
         wanted["position"][:, place] = position
         wanted["write"][group.index(row.home), place] = slot
         for rank, table in enumerate(tables):
@@ -234,6 +242,7 @@ def test_a_token_log_is_its_prompt_and_what_was_generated(prompt, more):
     log = log_of("r0", list(range(prompt)))
     for token in more:
         log.append(token)
-        assert log.last == token
-    assert log[0:1000].tolist() == list(range(prompt)) + more
-    assert log[1:1000:2].tolist() == (list(range(prompt)) + more)[1::2]
+        assert log[-1] == token
+    assert len(log) == prompt + len(more)
+    assert log.every(1, 0, 1000).tolist() == list(range(prompt)) + more
+    assert log.every(2, 1, 1000).tolist() == (list(range(prompt)) + more)[1::2]

@@ -7,6 +7,7 @@ import sys
 import unittest
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,18 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from loongjax.errors import ConfigError, PlanError
-from loongjax.kvcache import BlockAllocator
-from loongjax.plan import Chunk, DecodeRow, DecodeStep, Placement, PrefillStep, Share
+from loongjax.kvcache import BlockAllocator, MoveSlots
+from loongjax.plan import (
+    Chunk,
+    DecodeRow,
+    DecodeStep,
+    MigrateStep,
+    Move,
+    Placement,
+    PrefillStep,
+    Share,
+    Step,
+)
 
 INSTANCES = 3
 BLOCKS = 5
@@ -48,6 +59,20 @@ def decode(*rows: tuple[str, int], seq: int = 0) -> DecodeStep:
         group=tuple(range(INSTANCES)),
         rows=tuple(DecodeRow(name, home, home) for name, home in rows),
     )
+
+
+def migrate(*moves: tuple[str, int, int, int], seq: int = 0) -> MigrateStep:
+    """A step of moves `(request, source, target, tokens)`."""
+    return MigrateStep(
+        seq=seq, group=tuple(range(INSTANCES)), moves=tuple(Move(*move) for move in moves)
+    )
+
+
+def places(entries: np.ndarray) -> dict[int, int]:
+    """The slot of every position in some entries."""
+    return {
+        position + i: slot + i for slot, position, count in entries.tolist() for i in range(count)
+    }
 
 
 @dataclass(eq=False)
@@ -117,9 +142,11 @@ class AllocatorMachine(RuleBasedStateMachine):
             blocks * self.block_size + self.used(i) <= usable for i, blocks in needed.items()
         )
 
-    def refused(self, step: PrefillStep | DecodeStep) -> None:
+    def refused(
+        self, step: Step, match: str = r"wants \d+ slots in new blocks on instance \d"
+    ) -> None:
         before = [self.allocator.free_slots(i) for i in range(INSTANCES)]
-        with pytest.raises(PlanError, match=r"wants \d+ slots in new blocks on instance \d"):
+        with pytest.raises(PlanError, match=match):
             self.allocator.apply(step)
         assert before == [self.allocator.free_slots(i) for i in range(INSTANCES)]
 
@@ -168,6 +195,86 @@ class AllocatorMachine(RuleBasedStateMachine):
             self.write(name, home, slot, position)
 
     @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def moves(self, data: st.DataObject) -> None:
+        """Some KV of some requests moves; one may give to many, or take from many."""
+        chosen: list[tuple[str, int, int, int]] = []
+        names = st.lists(st.sampled_from(sorted(self.requests)), min_size=1, unique=True)
+        for name in data.draw(names):
+            taker = data.draw(st.integers(0, INSTANCES - 1))
+            for source in data.draw(st.permutations(range(INSTANCES))):
+                held = dict(self.allocator.shares(name)).get(source, 0)
+                while held and source != taker and data.draw(st.booleans()):
+                    tokens = data.draw(st.integers(1, held))
+                    chosen.append((name, source, taker, tokens))
+                    held -= tokens
+        if not chosen:
+            return
+        step = migrate(*chosen)
+        after = {name: list(blocks) for name, blocks in self.requests.items()}
+        needed: Counter[int] = Counter()
+        for name, source, target, tokens in chosen:
+            kept, new, shared = self.moved(after[name], source, target, tokens)
+            if shared:
+                self.refused(step, "shared with a fork")
+                return
+            after[name] = kept
+            needed[target] += new
+        if not self.fits(needed):
+            self.refused(step)
+            return
+        self.carry_out(chosen, self.allocator.apply(step).moves)
+        self.requests = after
+
+    def moved(
+        self, blocks: list[Block], source: int, target: int, tokens: int
+    ) -> tuple[list[Block], int, bool]:
+        """Blocks after a move, how many of them are new, and whether it touches shared ones."""
+        parts: list[Block | list[int]] = []
+        shared = False
+        for block in reversed(blocks):
+            moving = block.tokens[-tokens:] if tokens and block.instance == source else []
+            if not moving:
+                parts.append(block)
+                continue
+            tokens -= len(moving)
+            shared |= sum(block in others for others in self.requests.values()) > 1
+            parts.append(moving)
+            if len(moving) < len(block.tokens):
+                parts.append(Block(source, block.tokens[: -len(moving)]))
+        kept: list[Block] = []
+        new = 0
+        for is_block, run in groupby(reversed(parts), key=lambda part: isinstance(part, Block)):
+            if is_block:
+                kept += run
+                continue
+            stream = [token for part in run for token in part]
+            for i in range(0, len(stream), self.block_size):
+                kept.append(Block(target, stream[i : i + self.block_size]))
+                new += 1
+        return kept, new, shared
+
+    def carry_out(
+        self, chosen: list[tuple[str, int, int, int]], moves: tuple[MoveSlots, ...]
+    ) -> None:
+        """Moves what the allocator says, all at once, in the model's pool."""
+        assert [(m.request, m.source, m.target, len(places(m.taken))) for m in moves] == chosen
+        left: set[tuple[int, int]] = set()
+        arrived: dict[tuple[int, int], int] = {}
+        for move in moves:
+            old, new = places(move.taken), places(move.given)
+            assert list(old) == list(new) == sorted(old)
+            left |= {(move.source, slot) for slot in old.values()}
+            for position, slot in new.items():
+                arrived[move.target, slot] = self.pool[move.source, old[position]]
+        assert len(arrived) == sum(tokens for *_, tokens in chosen)
+        assert left.isdisjoint(arrived)
+        self.pool |= arrived
+        lasts = {(move.request, move.source): move.left for move in moves}
+        for (name, source), entries in lasts.items():
+            np.testing.assert_array_equal(self.allocator.entries(name, source), entries)
+
+    @precondition(lambda self: self.requests)
     @rule(data=st.data(), dst=NAMES)
     def fork(self, data: st.DataObject, dst: str) -> None:
         src = data.draw(st.sampled_from(sorted(self.requests)))
@@ -214,7 +321,14 @@ class AllocatorMachine(RuleBasedStateMachine):
                 sums[block.instance] += len(block.tokens)
             assert self.allocator.shares(name) == tuple(sorted(sums.items()))
             assert self.allocator.computed(name) == sums.total()
-            assert self.allocator.tail(name) == (self.tail(name) if blocks else None)
+            tail = self.tail(name) if blocks else None
+            assert self.allocator.tail(name) == tail
+            room: Counter[int] = Counter()
+            for block in blocks:
+                room[block.instance] += self.block_size - len(block.tokens)
+            if tail:
+                room[tail.instance] -= tail.tokens
+            assert self.allocator.holes(name) == tuple(sorted((+room).items()))
 
 
 def machine(size: int) -> type[unittest.TestCase]:
@@ -346,6 +460,81 @@ def test_shared_block_is_written_again_once_one_holder_is_left() -> None:
 def test_fork_of_a_request_without_kv_is_refused() -> None:
     with pytest.raises(PlanError, match=r"cannot fork 'a' \(0 KV tokens\)"):
         pool().fork("a", "b")
+
+
+def test_moved_tokens_are_packed_and_a_block_that_is_cut_stays_in_part() -> None:
+    allocator = pool()
+    allocator.apply(prefill(("a", 0, [(0, 10)])))
+    (move,) = allocator.apply(migrate(("a", 0, 1, 5))).moves
+    np.testing.assert_array_equal(move.taken, [[5, 5, 3], [8, 8, 2]])
+    np.testing.assert_array_equal(move.given, [[0, 5, 4], [4, 9, 1]])
+    np.testing.assert_array_equal(move.left, [[0, 0, 4], [4, 4, 1]])
+    assert allocator.shares("a") == (Share(0, 5), Share(1, 5))
+    assert (allocator.tail("a"), allocator.holes("a")) == (Share(1, 3), (Share(0, 3),))
+    assert allocator.apply(decode(("a", 1))).slots == (5,)
+    assert allocator.apply(decode(("a", 0))).slots == (8,)  # the cut block is not gone on with
+
+
+def test_older_tokens_move_in_front_of_the_tail() -> None:
+    allocator = pool()
+    allocator.apply(prefill(("a", 0, [(0, 8), (1, 2)])))
+    (move,) = allocator.apply(migrate(("a", 0, 1, 8))).moves
+    assert len(move.left) == 0
+    assert allocator.shares("a") == (Share(1, 10),)
+    assert allocator.tail("a") == Share(1, 2)
+    np.testing.assert_array_equal(allocator.entries("a", 1), [[4, 0, 4], [8, 4, 4], [0, 8, 2]])
+    assert allocator.apply(decode(("a", 1))).slots == (2,)
+    assert allocator.free_slots(0) == 16
+
+
+def test_one_instance_gives_to_several() -> None:
+    allocator = BlockAllocator(instances=3, slots=8, block_size=4)
+    allocator.apply(prefill(("a", 0, [(0, 7)])))
+    first, second = allocator.apply(migrate(("a", 0, 1, 2), ("a", 0, 2, 3))).moves
+    assert (places(first.given), places(second.given)) == ({5: 0, 6: 1}, {2: 0, 3: 1, 4: 2})
+    np.testing.assert_array_equal(second.left, [[0, 0, 2]])
+    assert allocator.tail("a") == Share(1, 2)
+
+
+def test_emptied_blocks_serve_later_steps_alone() -> None:
+    """Then a program may read and write in any order."""
+    allocator = pool(blocks=2)
+    allocator.apply(prefill(("a", 0, [(0, 8)]), ("b", 0, [(1, 4)])))
+    with pytest.raises(PlanError, match="wants 4 slots in new blocks on instance 0, where 0 of 8"):
+        allocator.apply(migrate(("a", 0, 1, 4), ("b", 1, 0, 4)))
+    assert allocator.shares("a") == (Share(0, 8),)
+    allocator.apply(migrate(("a", 0, 1, 4)))
+    (move,) = allocator.apply(migrate(("b", 1, 0, 4))).moves
+    np.testing.assert_array_equal(move.given, [[4, 0, 4]])
+
+
+@pytest.mark.parametrize(
+    ("moves", "message"),
+    [
+        ([("a", 0, 1, 6)], r"moves 6 KV tokens of request 'a' away from instance 0, .* holds 5"),
+        ([("a", 0, 1, 3), ("a", 0, 2, 3)], "which holds 2 then"),
+        ([("a", 0, 1, 0)], "moves 0 KV tokens"),
+        ([("a", 1, 0, 1)], "which holds 0 then"),
+        ([("ghost", 0, 1, 1)], "which holds 0 then"),
+        ([("a", 0, 0, 1)], "both to instance 0 and away from it"),
+        ([("a", 0, 1, 1), ("a", 1, 2, 1)], "both to instance 1 and away from it"),
+        ([("a", 0, 3, 1)], "instance 3, but instances are 0 to 2"),
+        ([("f", 2, 0, 3)], r"'f' away from instance 2, but 1 of the 2 blocks .* shared with a"),
+    ],
+)
+def test_move_that_contradicts_the_books_is_refused(
+    moves: list[tuple[str, int, int, int]], message: str
+) -> None:
+    allocator = pool(instances=3)
+    allocator.apply(prefill(("a", 0, [(0, 5)]), ("e", 0, [(2, 8)])))
+    allocator.fork("e", "f")
+    allocator.apply(decode(("f", 2)))
+    with pytest.raises(PlanError, match=message):
+        allocator.apply(migrate(*moves))
+    assert allocator.shares("a") == (Share(0, 5),)
+    assert [allocator.used_slots(i) for i in range(3)] == [8, 0, 12]
+    allocator.apply(migrate(("f", 2, 0, 1)))  # its own block
+    allocator.check_integrity()
 
 
 def test_freed_blocks_are_taken_again_ascending_and_an_empty_pool_starts_over() -> None:

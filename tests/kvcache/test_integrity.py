@@ -90,6 +90,11 @@ def gap_in_positions(allocator: BlockAllocator) -> None:
     allocator._held["c"].runs[0].entries[1, 1] += 1
 
 
+def entries_out_of_order(allocator: BlockAllocator) -> None:
+    entries = allocator._held["c"].runs[0].entries
+    entries[:] = entries[::-1].copy()
+
+
 def positions_start_late(allocator: BlockAllocator) -> None:
     allocator._held["c"].runs[0].entries[:, 1] += 1
 
@@ -134,6 +139,7 @@ def kv_lost(allocator: BlockAllocator) -> None:
         (shared_block_written, r"'b' on instance 1: entry \[0, 6, 4\] overlaps entry \[0, 6, 3\]"),
         (two_entries_in_a_block, "2 entries overlap in 1 blocks"),
         (gap_in_positions, "are not positions 0 to 4 once each"),
+        (entries_out_of_order, r"positions \[4, 0\] do not ascend"),
         (positions_start_late, "5 tokens from position 1 on"),
         (token_not_counted, "5 tokens from position 0 on, in 2 entries, are not positions 0 to 3"),
         (share_not_counted, "entries hold 5 tokens, booked are 6"),

@@ -11,88 +11,120 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from loongjax.errors import IntegrityError
+from loongjax.errors import IntegrityError, PlanError
 from loongjax.kvcache import BlockAllocator, BlockTable, TableUpdates
-from loongjax.plan import Chunk, DecodeRow, DecodeStep, Placement, PrefillStep, Share
+from loongjax.plan import (
+    Chunk,
+    DecodeRow,
+    DecodeStep,
+    MigrateStep,
+    Move,
+    Placement,
+    PrefillStep,
+    Share,
+)
 
 BLOCKS = 24
 NAMES = st.sampled_from(["a", "b", "c", "d", "e", "f"])
+HOMES = st.integers(0, 1)
 
 
 class TableMachine(RuleBasedStateMachine):
-    """Follows an allocator whose whole pool may fill up; both must name the same entries."""
+    """Follows an allocator whose pool may fill up; both must name the same entries."""
 
     block_size = 0
 
     def __init__(self) -> None:
         super().__init__()
         slots = BLOCKS * self.block_size
-        self.allocator = BlockAllocator(instances=1, slots=slots, block_size=self.block_size)
+        self.allocator = BlockAllocator(instances=2, slots=slots, block_size=self.block_size)
         # Less than `required_capacity`, and still enough: compaction happens more often.
-        self.table = BlockTable(capacity=2 * BLOCKS, block_size=self.block_size)
-        self.device = np.full((self.table.capacity, 3), -1, np.int32)
+        self.tables = [
+            BlockTable(capacity=2 * BLOCKS, block_size=self.block_size) for _ in range(2)
+        ]
+        self.devices = [np.full((table.capacity, 3), -1, np.int32) for table in self.tables]
         self.names: set[str] = set()
 
-    @rule(name=NAMES, data=st.data())
-    def chunk(self, name: str, data: st.DataObject) -> None:
+    @rule(name=NAMES, home=HOMES, data=st.data())
+    def chunk(self, name: str, home: int, data: st.DataObject) -> None:
         tail = self.allocator.tail(name)
-        most = self.allocator.free_slots(0) + (tail.tokens if tail else 0)
+        room = tail.tokens if tail and tail.instance == home else 0
+        most = self.allocator.free_slots(home) + room
         tokens = data.draw(st.integers(0, min(most, 9 * self.block_size)))
         start = self.allocator.computed(name)
         step = PrefillStep(
             seq=0,
-            group=(0,),
+            group=(0, 1),
             chunks=(Chunk(request=name, start=start, length=tokens, last=True),),
-            keep=(Placement(request=name, shares=(Share(0, tokens),)),),
+            keep=(Placement(request=name, shares=(Share(home, tokens),)),),
         )
         for share in self.allocator.apply(step).shares:
-            self.table.append(name, share.entries)
+            self.tables[home].append(name, share.entries)
             self.names.add(name)
 
-    @rule(name=NAMES, tokens=st.integers(1, 20))
-    def tokens(self, name: str, tokens: int) -> None:
-        step = DecodeStep(seq=0, group=(0,), rows=(DecodeRow(name, 0, 0),))
+    @rule(name=NAMES, home=HOMES, tokens=st.integers(1, 20))
+    def tokens(self, name: str, home: int, tokens: int) -> None:
+        step = DecodeStep(seq=0, group=(0, 1), rows=(DecodeRow(name, home, home),))
         for _ in range(tokens):
-            if self.allocator.tail(name) is None and self.allocator.free_slots(0) == 0:
+            tail = self.allocator.tail(name)
+            fits = tail is not None and tail.instance == home
+            if not fits and self.allocator.free_slots(home) == 0:
                 return
             plan = self.allocator.apply(step)
             entry = np.array([[plan.slots[0], plan.positions[0], 1]], np.int32)
-            self.table.append(name, entry)
+            self.tables[home].append(name, entry)
             self.names.add(name)
+
+    @rule(name=NAMES, source=HOMES, data=st.data())
+    def move(self, name: str, source: int, data: st.DataObject) -> None:
+        target = 1 - source
+        held = dict(self.allocator.shares(name)).get(source, 0)
+        if held:
+            tokens = data.draw(st.integers(1, held) | st.just(held))
+            step = MigrateStep(seq=0, group=(0, 1), moves=(Move(name, source, target, tokens),))
+            try:
+                (move,) = self.allocator.apply(step).moves
+            except PlanError:
+                return
+            self.tables[source].replace(name, move.left)
+            self.tables[target].append(name, move.given)
 
     @rule(name=NAMES)
     def release(self, name: str) -> None:
         self.allocator.release(name)
-        self.table.release(name)
+        for table in self.tables:
+            table.release(name)
         self.names.discard(name)
 
-    @rule(limit=st.integers(0, 12))
-    def device_catches_up(self, limit: int) -> None:
-        batch = self.table.take_updates(limit)
+    @rule(home=HOMES, limit=st.integers(0, 12))
+    def device_catches_up(self, home: int, limit: int) -> None:
+        table, device = self.tables[home], self.devices[home]
+        batch = table.take_updates(limit)
         if batch is not None and batch.whole:
             assert len(batch.updates) == 0
-            self.device[:] = self.table.entries
+            device[:] = table.entries
         elif batch is not None:
             rows = batch.updates[:, 0]
             assert 1 <= len(rows) <= limit
             assert (np.diff(rows) > 0).all()
-            self.device[rows] = batch.updates[:, 1:]
+            device[rows] = batch.updates[:, 1:]
         for name in self.names:
-            start, length = self.table.region(name)
+            start, length = table.region(name)
             live = slice(start, start + length)
-            np.testing.assert_array_equal(self.device[live], self.table.entries[live])
-        assert self.table.take_updates(limit) is None
+            np.testing.assert_array_equal(device[live], table.entries[live])
+        assert table.take_updates(limit) is None
 
     @invariant()
     def regions_hold_the_entries_of_the_allocator(self) -> None:
-        rows: list[int] = []
-        for name in self.names:
-            start, length = self.table.region(name)
-            rows += range(start, start + length)
-            np.testing.assert_array_equal(
-                self.table.entries[start : start + length], self.allocator.entries(name, 0)
-            )
-        assert len(set(rows)) == len(rows)
+        for home, table in enumerate(self.tables):
+            rows: list[int] = []
+            for name in self.names:
+                start, length = table.region(name)
+                rows += range(start, start + length)
+                found = table.entries[start : start + length]
+                by_position = found[np.argsort(found[:, 1])]
+                np.testing.assert_array_equal(by_position, self.allocator.entries(name, home))
+            assert len(set(rows)) == len(rows)
 
 
 def machine(size: int) -> type[unittest.TestCase]:
@@ -194,6 +226,57 @@ def test_whole_table_when_more_rows_changed_than_the_limit(limit: int, whole: bo
     assert batch is not None
     assert (batch.whole, batch.updates.shape) == (whole, (0 if whole else 4, 4))
     assert books.take_updates(limit) is None
+
+
+def test_token_continues_the_newest_entry_wherever_it_stands() -> None:
+    books = table()
+    books.append("a", entries((8, 6, 2)))
+    books.append("a", entries((16, 0, 4), (20, 4, 2)))  # moved here
+    books.append("a", entries((10, 8, 1)))
+    assert held(books, "a") == [[8, 6, 3], [16, 0, 4], [20, 4, 2]]
+    books.append("a", entries((11, 9, 1), (24, 10, 3)))
+    books.append("a", entries((27, 13, 1)))
+    assert held(books, "a") == [[8, 6, 4], [16, 0, 4], [20, 4, 2], [24, 10, 4]]
+
+
+def test_replaced_entries_are_updated_where_they_differ() -> None:
+    books = table()
+    books.append("a", entries((8, 0, 4), (4, 4, 4), (12, 8, 4)))
+    books.take_updates(8)
+    books.replace("a", entries((8, 0, 4), (4, 4, 1)))
+    assert held(books, "a") == [[8, 0, 4], [4, 4, 1]]
+    assert taken(books.take_updates(8)) == [[1, 4, 4, 1]]
+    books.append("a", entries((16, 20, 1)))
+    books.append("a", entries((17, 21, 1)))
+    assert held(books, "a") == [[8, 0, 4], [4, 4, 1], [16, 20, 2]]
+
+
+def test_replaced_by_nothing_is_released() -> None:
+    books = table()
+    books.append("a", entries((8, 0, 4)))
+    books.replace("a", entries())
+    assert books.region("a") == (0, 0)
+    books.replace("a", entries())
+    books.append("b", entries((8, 0, 4)))
+    assert books.region("b") == (0, 1)
+
+
+def test_replaced_by_more_is_refused() -> None:
+    books = table()
+    books.append("a", entries((8, 0, 4)))
+    with pytest.raises(IntegrityError, match="has 1 entries in the block table"):
+        books.replace("a", entries((8, 0, 4), (12, 4, 1)))
+    assert held(books, "a") == [[8, 0, 4]]
+
+
+def test_rows_that_a_region_gives_back_are_used_again() -> None:
+    books = table(capacity=18)
+    books.append("a", entries(*[(4 * i, 4 * i, 4) for i in range(7)]))  # 8 rows
+    books.append("b", entries((40, 0, 4)))
+    books.replace("a", entries((0, 0, 4)))
+    books.append("c", entries((4, 0, 4), (8, 4, 4)))
+    books.append("d", entries((12, 0, 4)))
+    assert [books.region(name) for name in "acd"] == [(0, 1), (4, 2), (2, 1)]
 
 
 def test_newest_region_grows_where_it_is() -> None:

@@ -13,7 +13,7 @@ import pytest
 from loongjax.errors import ModelError
 from loongjax.models import demo
 from loongjax.models.resolve import resolve
-from loongjax.text.files import TokenizerFiles
+from loongjax.models.tokenizer_files import TokenizerFiles
 
 
 @pytest.fixture

@@ -10,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import reference
-from pallas_kernels.partials import Partial, empty_carry, finish, fold_weights, merge
+from pallas_kernels.partials import (
+    Carry,
+    Partial,
+    empty_carry,
+    finish,
+    fold_partial,
+    fold_weights,
+    merge,
+    put_carry,
+    slice_carry,
+)
 from tests.pallas_kernels.cases import Bounds, assert_close, draw, rounding_bounds
 
 KEYS, QUERIES, HEADS, HEAD_DIM, SHARES = 24, 5, 4, 8, 5
@@ -27,6 +37,15 @@ def attend(q, k, v, visible) -> Partial:
 
 attend_shares = jax.jit(jax.vmap(attend, in_axes=(None, None, None, 0)))
 merge_shares = jax.jit(merge)
+
+
+@jax.jit
+def fold_partials(shares: Partial) -> Partial:
+    """Folds finished partials into a running softmax, one after another."""
+    carry = empty_carry((QUERIES, HEADS), HEAD_DIM)
+    for o, lse in zip(*shares, strict=True):
+        carry = fold_partial(carry, Partial(o, lse))
+    return finish(carry)
 
 
 @jax.jit
@@ -84,6 +103,28 @@ def test_a_running_softmax_over_shares_equals_the_whole(owner, seed):
     # Every fold rounds a weight's exponent, scale and sum; sums have KEYS terms.
     error = float(SHARES * (2 * np.abs(s).max() + KEYS) * np.finfo(np.float32).eps)
     assert_close(found, whole, Bounds(o=2 * error * float(np.abs(v).max()), lse=error))
+
+
+@settings(max_examples=50)
+@given(owner=owners, seed=seeds)
+def test_folding_partials_one_by_one_equals_merging_them(owner, seed):
+    q, k, v = inputs(seed)
+    _, visible_of_shares = shared_out(seed, owner)
+    shares = attend_shares(q, k, v, visible_of_shares)
+    bounds = rounding_bounds(q, k, v, scale=SCALE)
+    assert_close(fold_partials(shares), merge_shares(*shares), bounds)
+
+
+@pytest.mark.parametrize("at", [0, 4, 7])
+def test_a_slice_of_a_carry_goes_back_to_its_place(at):
+    rows = jnp.arange(2.0)[:, None] * 100 + jnp.arange(10.0)
+    carry = Carry(rows, rows + 1000, jnp.stack([rows] * 3, axis=-1))
+    part = slice_carry(carry, jnp.int32(at), 3)
+    for whole, cut in zip(carry, part, strict=True):
+        np.testing.assert_array_equal(cut, whole[:, at : at + 3])
+    changed = Carry(*(-leaf for leaf in part))
+    for old, new in zip(carry, put_carry(carry, changed, jnp.int32(at)), strict=True):
+        np.testing.assert_array_equal(new, old.at[:, at : at + 3].multiply(-1))
 
 
 @settings(max_examples=20)

@@ -11,9 +11,10 @@ import pytest
 
 from loongjax.cluster.mesh import GroupMeshes, device_grid
 from loongjax.esp import prefill
+from loongjax.esp.meta import Kind
 from loongjax.kvcache.pool import stored_dtype
 from loongjax.programs.build import ProgramShapes, lower
-from loongjax.programs.spec import Kind, ProgramSpec
+from loongjax.programs.spec import ProgramSpec
 from pallas_kernels.kv_write import kv_write
 from pallas_kernels.paged_attention import RowTables, paged_attention
 from tests.esp.rig import TINY
@@ -22,6 +23,7 @@ from tests.programs.hlo import moves_of, traffic
 SLOTS = 8190  # one pool is larger than everything else in these programs together
 LOCAL_POOL = (TINY.layers, SLOTS + 1, TINY.kv_heads, TINY.head_dim)
 TOKENS, ROWS = 64, 4
+SIZES = {"prefill": TOKENS, "extend": TOKENS, "decode": ROWS, "migrate": 128}
 
 
 def compiled(kind: Kind, degree: int, dtype: str) -> jax.stages.Compiled:
@@ -35,8 +37,7 @@ def compiled(kind: Kind, degree: int, dtype: str) -> jax.stages.Compiled:
         block_size=4,
         table_entries=1000,
     )
-    size = TOKENS if kind == "prefill" else ROWS
-    spec = ProgramSpec(kind=kind, degree=degree, bucket=size, rows=ROWS)
+    spec = ProgramSpec(kind=kind, degree=degree, bucket=SIZES[kind], rows=ROWS)
     meshes = GroupMeshes(device_grid(degree, 1))
     return lower(spec, shapes, meshes[tuple(range(degree))]).compile()
 
@@ -54,13 +55,18 @@ def programs():
     return get
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("degree", [1, 2, 4])
-@pytest.mark.parametrize("kind", ["prefill", "decode"])
+PROGRAMS = [
+    *itertools.product(["prefill", "decode"], [1, 2, 4], ["float32", "bfloat16"]),
+    *[("extend", 1, "float32"), ("extend", 2, "bfloat16"), ("extend", 4, "float32")],
+    *[("migrate", 2, "float32"), ("migrate", 4, "bfloat16")],
+]
+
+
+@pytest.mark.parametrize(("kind", "degree", "dtype"), PROGRAMS)
 def test_no_program_copies_the_pool(programs, kind, degree, dtype):
     program = programs(kind, degree, dtype)
     assert moves_of(int(np.prod(LOCAL_POOL)), program.as_text()) == []
-    one_pool = int(np.prod(LOCAL_POOL)) * jnp.dtype(stored_dtype(jnp.dtype(dtype), "cpu")).itemsize
+    one_pool = int(np.prod(LOCAL_POOL)) * jnp.dtype(dtype).itemsize
     memory = program.memory_analysis()
     assert memory.alias_size_in_bytes >= 2 * one_pool  # K and V come back where they were
     assert memory.temp_size_in_bytes < one_pool

@@ -103,6 +103,17 @@ def test_other_shapes_are_compiled_anew(folder, shapes):
     assert library.counts == ProgramCounts(compiled=1)
 
 
+@pytest.mark.usefixtures("trivial_programs")
+def test_a_program_that_cannot_be_kept_runs_all_the_same(tmp_path, monkeypatch, caplog):
+    def fail(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(ProgramStore, "save", fail)
+    library = library_on(tmp_path / "full")
+    assert library.get(DECODE, (0,)) is library.get(DECODE, (0,))
+    assert "could not keep compiled program decode-d1-t4-r4: no space left" in caplog.text
+
+
 CHANGES = {
     "source": lambda patch: patch.setattr(key, "source_digest", lambda: "changed"),
     "cpu": lambda patch: patch.setattr(key, "cpu_features_digest", lambda: "changed"),

@@ -6,19 +6,22 @@ import jax
 import numpy as np
 import pytest
 
-from loongjax.programs.spec import MetaLayout, ProgramSpec, meta_layout
+from loongjax.esp.meta import MetaLayout
+from loongjax.programs.spec import ProgramSpec
 
 SPECS = [
     ProgramSpec(kind="prefill", degree=1, bucket=64, rows=32),
     ProgramSpec(kind="prefill", degree=3, bucket=192, rows=4),
     ProgramSpec(kind="decode", degree=1, bucket=4, rows=4),
     ProgramSpec(kind="decode", degree=4, bucket=8, rows=8),
+    ProgramSpec(kind="extend", degree=2, bucket=64, rows=4),
+    ProgramSpec(kind="migrate", degree=3, bucket=128, rows=1),
 ]
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_what_the_host_writes_the_program_reads(spec):
-    layout = meta_layout(spec)
+    layout = spec.layout
     vector = np.full(layout.size, -1, np.int32)
     written = layout.views(vector)
     next_value = 0
@@ -81,7 +84,7 @@ def test_views_of_the_host_are_views():
     ],
 )
 def test_fields_are_these(spec, shapes):
-    layout = meta_layout(spec)
+    layout = spec.layout
     views = layout.views(np.zeros(layout.size, np.int32))
     assert {name: view.shape for name, view in views.items()} == shapes
 

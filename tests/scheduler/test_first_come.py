@@ -10,6 +10,7 @@ import pytest
 from loongjax.cluster.topology import AlignedSlices, EverySubset, Neighbours
 from loongjax.errors import ConfigError
 from loongjax.plan import (
+    Chunk,
     DecodeStep,
     InstanceView,
     PrefillStep,
@@ -54,6 +55,12 @@ def begin(it: VirtualEngine, *names: str) -> None:
         if not it.flying:
             it.plan()
         it.end_one()
+
+
+def chunks(it: VirtualEngine, name: str) -> list[Chunk]:
+    """All that were planned of a request."""
+    steps = [step for _, plan in it.plans for step in prefills(plan.steps)]
+    return [chunk for step in steps for chunk in step.chunks if chunk.request == name]
 
 
 def homes(it: VirtualEngine, name: str) -> tuple[int, ...]:
@@ -115,15 +122,14 @@ def test_prompt_takes_fewer_instances_while_other_prompts_keep_them_busy() -> No
     assert [step.group for step in it.plan()] == [(2, 3)]
 
 
-def test_prompt_that_no_step_of_the_idle_ones_holds_waits_for_more() -> None:
+def test_prompt_that_no_step_of_the_idle_ones_holds_begins_with_a_part() -> None:
     it = engine(max_chunk_tokens=16)
     submit(it, "a", 16)
     it.plan()
     submit(it, "b", 64)
-    assert it.plan() == ()
-    it.end_one()
-    (step,) = prefills(it.plan())
-    assert step.group == (0, 1, 2, 3)
+    (step,) = it.plan()
+    assert step.group == (1, 2, 3)
+    assert step.chunks == (Chunk(request="b", start=0, length=48, last=False),)
 
 
 def test_prompt_waits_for_decode_steps_rather_than_take_fewer_instances() -> None:
@@ -404,34 +410,113 @@ def test_headroom_prevents_preemption() -> None:
     assert it.preempted == []
 
 
-def test_request_too_long_to_be_computed_anew_is_granted_all_it_needs() -> None:
+def test_request_longer_than_a_step_is_computed_anew_in_chunks() -> None:
     it = engine(1, slots=20, headroom=0, max_chunk_tokens=6)
-    submit(it, "a", 4, tokens=10)
-    submit(it, "b", 4, tokens=10)
+    submit(it, "a", 4, tokens=12)
+    submit(it, "b", 4, tokens=12)
     it.run()
-    assert it.preempted == []
-    assert it.fullest == 13
+    assert it.preempted == ["b"]
+    assert it.finished == ["a", "b"]
+    again = [chunk for chunk in chunks(it, "b") if chunk.start + chunk.length > 4]
+    assert [(chunk.start, chunk.last) for chunk in again] == [(0, False), (6, True)]
 
 
-def test_nobody_is_given_up_while_waiting_helps() -> None:
-    it = engine(1, slots=8, block_size=4, max_chunk_tokens=3)
-    submit(it, "old", 1, tokens=8)
+# ---- chunks --------------------------------------------------------------------------
+
+
+def test_long_prompt_is_computed_in_chunks_over_its_own_kv() -> None:
+    it = engine(max_chunk_tokens=8, slots=40)
+    submit(it, "a", 75, tokens=2)  # needs two instances
+    it.run()
+    assert [(c.start, c.length, c.last) for c in chunks(it, "a")] == [
+        (0, 32, False),
+        (32, 32, False),
+        (64, 11, True),
+    ]
+    assert it.jobs == {}
+
+
+def test_chunks_follow_each_other_onto_the_same_instances() -> None:
+    it = engine(max_chunk_tokens=8, slots=60, block_size=4)
+    submit(it, "a", 75, tokens=30)  # two of four instances hold all that it needs
+    begin(it, "a")
+    assert len(homes(it, "a")) == 2
+    degrees = [len(step.group) for _, plan in it.plans for step in prefills(plan.steps)]
+    assert degrees == [4, 4, 2]  # the rest needs no more
+    assert it.allocator.holes("a") == ()
+
+
+def test_partly_filled_block_is_filled_by_the_next_chunk() -> None:
+    it = engine(1, max_chunk_tokens=6, slots=40, block_size=4)
+    submit(it, "a", 15, tokens=2)
+    begin(it, "a")
+    assert it.allocator.used_slots(0) == 16
+    assert it.allocator.holes("a") == ()
+
+
+def test_last_token_of_a_prompt_may_come_with_a_decode_step() -> None:
+    it = engine(1, max_chunk_tokens=8)
+    submit(it, "a", 9, tokens=3)
+    begin(it, "a")
+    assert [type(plan.steps[0]) for _, plan in it.plans] == [PrefillStep, DecodeStep]
+
+
+def test_everybody_gets_a_token_between_two_chunks() -> None:
+    it = engine(1, max_chunk_tokens=8)
+    submit(it, "d", 2)
+    begin(it, "d")
+    submit(it, "long", 30)
+    kinds = []
+    for _ in range(8):
+        (step,) = it.plan()
+        kinds.append(type(step))
+        it.end_one()
+    assert kinds == [PrefillStep, DecodeStep] * 4
+
+
+def test_begun_prompt_goes_before_all_who_were_not() -> None:
+    it = engine(1, max_chunk_tokens=8)
+    submit(it, "long", 12)
     it.plan()
+    submit(it, "urgent", 2, priority=1)
     it.end_one()
-    submit(it, "young", 1, tokens=4)  # too long to be computed anew when `old` lacks room
+    (step,) = it.plan()
+    assert step_requests(step) == ("long", "urgent")
+    assert [chunk.start for chunk in step.chunks] == [8, 0]
+
+
+def test_memory_of_a_begun_prompt_is_not_given_to_others() -> None:
+    it = engine(2, slots=32, max_chunk_tokens=8, headroom=0)
+    submit(it, "long", 40, tokens=2)
+    it.plan()
+    submit(it, "other", 24, tokens=2)
+    it.end_one()
     it.run()
     assert it.preempted == []
-    assert it.finished == ["young", "old"]
+    assert it.finished == ["long", "other"]
 
 
-def test_last_resort_is_to_give_up_the_last_in_line() -> None:
-    """One-token prompts are not admitted by memory; here none can be computed anew."""
-    it = engine(1, slots=10, headroom=0, max_chunk_tokens=3, block_size=1)
-    submit(it, "a", 1, tokens=10)
-    submit(it, "b", 1, tokens=10)
+def test_begun_prompt_takes_its_memory_back_from_those_behind_it() -> None:
+    it = engine(1, slots=20, max_chunk_tokens=4, headroom=0)
+    for name in "wxyz":
+        submit(it, name, 1, tokens=10)
+    begin(it, *"wxyz")
+    submit(it, "first", 12, tokens=2, priority=1)
     it.run()
-    assert it.lost == ["b"]
-    assert it.finished == ["a"]
+    assert it.finished[0] == "first"
+    assert it.preempted[:2] == ["z", "y"]
+    assert "first" not in it.preempted
+
+
+def test_begun_prompt_waits_for_its_elders_or_makes_room_for_them() -> None:
+    it = engine(1, slots=20, max_chunk_tokens=4, headroom=0)
+    for name in "wxyz":
+        submit(it, name, 1, tokens=5)  # 20 slots in the end
+    begin(it, *"wxyz")
+    submit(it, "last", 12, tokens=2)
+    it.run()
+    assert it.finished[-1] == "last"
+    assert it.preempted == ["last"]
 
 
 # ---- fairness ------------------------------------------------------------------------

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
 
 from loongjax.cluster.topology import EverySubset
 from loongjax.errors import PlanError
@@ -16,6 +19,8 @@ from loongjax.plan import (
     DecodeStep,
     Group,
     InstanceView,
+    MigrateStep,
+    Move,
     Placement,
     Plan,
     PrefillStep,
@@ -83,6 +88,12 @@ def decode(*rows: tuple[str, int, int], group: Group = (0, 3), seq: int = SEQ) -
     return DecodeStep(seq=seq, group=group, rows=tuple(DecodeRow(*row) for row in rows))
 
 
+def migrate(
+    *moves: tuple[str, int, int, int], group: Group = (0, 3), seq: int = SEQ
+) -> MigrateStep:
+    return MigrateStep(seq=seq, group=group, moves=tuple(Move(*move) for move in moves))
+
+
 def check(*steps: Step, snapshot: Snapshot = SNAPSHOT, **parts: object) -> None:
     validate(snapshot, Plan(steps=steps, **parts))
 
@@ -112,6 +123,8 @@ def test_good_plans_pass() -> None:
     check(prefill(place("begun", (1, 4)), group=(1,)))
     check(decode(RUNS_ROW, ("full", 3, 0)))
     check(decode(RUNS_ROW), prefill(place("waits", (1, 10)), group=(1,), seq=SEQ + 1))
+    check(migrate(("runs", 3, 0, 2), ("full", 0, 3, 5)))
+    check(migrate(("begun", 1, 0, 6), ("runs", 0, 1, 3), group=(0, 1)))  # 'runs' is on 3 too
     check(preempt=("runs", "begun"), reject=(Rejection("waits", "too late"),))
 
 
@@ -353,6 +366,138 @@ def test_blocks_are_counted_as_the_allocator_does() -> None:
             refuses("instance 0 would need 16 slots", step, snapshot=snapshot)
             with pytest.raises(PlanError, match="wants 16 slots"):
                 allocator.apply(step)
+
+
+# ---- migrate -------------------------------------------------------------------------
+
+
+def test_source_and_target_are_in_the_group() -> None:
+    refuses(
+        "group (0, 1) lacks instance 3, the source of a move of request 'runs'",
+        migrate(("runs", 3, 0, 1), group=(0, 1)),
+    )
+    refuses(
+        "group (0, 3) lacks instance 1, the target of a move of request 'runs'",
+        migrate(("runs", 3, 1, 1)),
+    )
+
+
+def test_no_instance_gives_and_takes_kv_of_one_request() -> None:
+    refuses("moves both to instance 0 and away from it", migrate(("runs", 0, 0, 1)))
+    refuses(
+        "KV of request 'runs' moves both to instance 3 and away from it",
+        migrate(("runs", 3, 0, 1), ("runs", 0, 3, 1)),
+    )
+
+
+def test_only_kv_that_is_there_moves() -> None:
+    refuses("0 KV tokens of request 'runs' are to leave instance 3", migrate(("runs", 3, 0, 0)))
+    refuses("3 KV tokens of request 'runs' are to leave instance 3, which holds 2 then",
+        migrate(("runs", 3, 0, 3)))  # fmt: skip
+    refuses("which holds 0 then", migrate(("waits", 0, 3, 1)))
+    twice = migrate(("runs", 0, 1, 5), ("runs", 0, 2, 4), group=(0, 1, 2, 3))
+    idle = tuple(replace(view, busy_seq=None) for view in SNAPSHOT.instances)
+    refuses("4 KV tokens of request 'runs' are to leave instance 0, which holds 3 then",
+        twice, snapshot=replace(SNAPSHOT, instances=idle))  # fmt: skip
+
+
+def test_request_that_moves_does_nothing_else() -> None:
+    refuses("there is no request 'ghost'", migrate(("ghost", 0, 3, 1)))
+    refuses("'runs' is preempted or rejected", migrate(("runs", 0, 3, 1)), preempt=("runs",))
+    refuses("it works on no request", migrate())
+    refuses(
+        "request 'begun' is in step 412 too",
+        migrate(("begun", 1, 0, 1), group=(0, 1)),
+        migrate(("begun", 1, 3, 1), group=(3,), seq=SEQ + 1),
+    )
+    idle = tuple(replace(view, busy_seq=None) for view in SNAPSHOT.instances)
+    refuses(
+        "a step in flight works on request 'flies'",
+        migrate(("flies", 2, 1, 1), group=(1, 2)),
+        snapshot=replace(SNAPSHOT, instances=idle),
+    )
+
+
+def test_moves_fit_what_is_free_at_their_targets() -> None:
+    step = migrate(("full", 0, 3, 5))  # out of two blocks of four
+    check(step, snapshot=with_free(3, 8))
+    refuses("instance 3 would need 8 slots in new blocks of 4, and has 4", step,
+        snapshot=with_free(3, 4))  # fmt: skip
+    # What a step empties serves later steps alone.
+    refuses("instance 0 would need 4", migrate(("runs", 3, 0, 2), ("full", 0, 3, 8)),
+        snapshot=with_free(0, 0))  # fmt: skip
+
+
+@settings(max_examples=300)
+@given(
+    st.sampled_from([1, 3, 4]),
+    st.lists(st.tuples(st.integers(0, 2), st.integers(1, 9)), min_size=1, max_size=6),
+    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(1, 12)), max_size=3),
+    st.integers(0, 2),
+    st.lists(st.tuples(st.integers(1, 2), st.integers(1, 6)), min_size=1, max_size=3),
+    st.integers(0, 5),
+)
+def test_valid_moves_are_never_refused_by_the_allocator(
+    size: int,
+    chunks: list[tuple[int, int]],
+    before: list[tuple[int, int, int]],
+    source: int,
+    moves: list[tuple[int, int]],
+    room: int,
+) -> None:
+    """Whatever chunks and earlier moves have made of the blocks."""
+    allocator = BlockAllocator(instances=3, slots=48, block_size=size)
+    for home, tokens in chunks:
+        start = allocator.computed("a")
+        chunk = Chunk(request="a", start=start, length=tokens, last=False)
+        allocator.apply(
+            PrefillStep(seq=0, group=(0,), chunks=(chunk,), keep=(place("a", (home, tokens)),))
+        )
+    for move in before:
+        with suppress(PlanError):
+            allocator.apply(migrate(("a", *move)))
+    for home in range(3):  # leave little room
+        length = max(0, allocator.free_slots(home) - room * size)
+        chunk = Chunk(request=f"{home}", start=0, length=length, last=True)
+        keep = place(f"{home}", (home, length))
+        allocator.apply(PrefillStep(seq=0, group=(0,), chunks=(chunk,), keep=(keep,)))
+    shares = allocator.shares("a")
+    view = request("a", prompt=99, computed=sum(share.tokens for share in shares), kv=shares,
+        tail=allocator.tail("a"), holes=allocator.holes("a"))  # fmt: skip
+    snapshot = replace(
+        with_waiting(view),
+        block_size=size,
+        instances=tuple(
+            InstanceView(id=i, slots=48, free_slots=allocator.free_slots(i)) for i in range(3)
+        ),
+        topology=EverySubset(3),
+    )
+    source = shares[source % len(shares)].instance
+    step = migrate(
+        *(("a", source, (source + offset) % 3, tokens) for offset, tokens in moves),
+        group=(0, 1, 2),
+    )
+    try:
+        check(step, snapshot=snapshot)
+    except PlanError as refusal:
+        event(re.sub(r"\d+", "N", str(refusal).split(":")[1])[:40])
+        if size == 1 or not view.holes:  # then blocks are counted exactly
+            with pytest.raises(PlanError):
+                allocator.apply(step)
+    else:
+        event("allowed")
+        allocator.apply(step)
+        allocator.check_integrity()
+    check(preempt=("a",), snapshot=snapshot)
+
+
+def test_preempted_blocks_are_counted_with_their_holes() -> None:
+    holey = request(
+        "holey", computed=5, kv=(Share(0, 5),), tail=Share(0, 2), holes=(Share(0, 5),)
+    )  # three blocks
+    step = prefill(place("waits", (0, 10)), group=(0,))
+    snapshot = replace(with_free(0, 0), waiting=(WAITS, holey))
+    check(step, snapshot=snapshot, preempt=("holey",))
 
 
 # ---- preempt and reject --------------------------------------------------------------

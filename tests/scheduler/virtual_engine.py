@@ -9,6 +9,7 @@ from loongjax.kvcache import BlockAllocator
 from loongjax.plan import (
     DecodeStep,
     InstanceView,
+    MigrateStep,
     Plan,
     PrefillStep,
     RequestView,
@@ -40,12 +41,13 @@ class Job:
 
 
 class VirtualEngine:
-    """Plans, checks, and applies; `pick` says which step in flight ends next.
+    """Plans, checks, and applies; `pick` says which step in flight ends next, `fail` whether
+    it fails.
 
     Attributes:
       plans: Every snapshot with the plan that was made from it.
       preempted: Requests in the order in which they were preempted.
-      lost: Requests that were preempted although they are too long to be computed anew.
+      moved: Tokens that every migration moved, in the order of their launches.
       fullest: The most slots that were in use at once.
     """
 
@@ -59,6 +61,7 @@ class VirtualEngine:
         max_chunk_tokens: int = 64,
         max_rows: int = 4,
         pick: Callable[[Sequence[Step]], int] = lambda steps: 0,
+        fail: Callable[[Step], bool] = lambda step: False,
     ) -> None:
         self.policy = policy
         self.topology = topology
@@ -68,27 +71,25 @@ class VirtualEngine:
         self.max_chunk_tokens = max_chunk_tokens
         self.max_rows = max_rows
         self.pick = pick
+        self.fail = fail
         self.jobs: dict[str, Job] = {}
         self.flying: list[Step] = []
         self.plans: list[tuple[Snapshot, Plan]] = []
         self.preempted: list[str] = []
-        self.lost: list[str] = []
+        self.moved: list[int] = []
         self.finished: list[str] = []
         self.fullest = 0
         self._submitted = 0
         self._next_seq = 0
         self._prefill_seq: dict[int, int] = {}
-
-    @property
-    def longest_prefill(self) -> int:
-        return self.max_chunk_tokens * max(self.topology.degrees)
+        self._lost: set[str] = set()
+        self._aborted: set[str] = set()
 
     def capacity(self) -> int:
         """KV tokens that the largest group holds."""
         return self.allocator.usable * max(self.topology.degrees)
 
     def submit(self, job: Job) -> None:
-        assert job.prompt <= self.longest_prefill
         blocks = -(-(job.prompt + job.max_tokens - 1) // self.allocator.block_size)
         assert blocks * self.allocator.block_size <= self.capacity()
         assert 1 <= job.tokens <= job.max_tokens
@@ -98,17 +99,16 @@ class VirtualEngine:
 
     def snapshot(self) -> Snapshot:
         views = [self._view(job) for job in self.jobs.values()]
-        in_flight = {name for step in self.flying for name in step_requests(step)}
         return Snapshot(
             version=len(self.plans),
             next_seq=self._next_seq,
             block_size=self.allocator.block_size,
             max_chunk_tokens=self.max_chunk_tokens,
             max_rows=self.max_rows,
-            waiting=tuple(view for view in views if view.uncomputed > 1),
-            running=tuple(view for view in views if view.uncomputed <= 1),
+            waiting=tuple(view for view in views if view.uncomputed > 1 or not view.kv),
+            running=tuple(view for view in views if view.uncomputed <= 1 and view.kv),
             instances=tuple(self._instance(i) for i in range(self.topology.instances)),
-            in_flight=frozenset(in_flight),
+            in_flight=self._in_flight,
             topology=self.topology,
         )
 
@@ -130,18 +130,32 @@ class VirtualEngine:
         return plan.steps
 
     def end_one(self) -> Step:
-        """A step ends, and its requests get their tokens."""
+        """A step ends: its requests get their tokens, or all with KV there lose it."""
         step = self.flying.pop(self.pick(self.flying) % len(self.flying))
-        for name in step_requests(step):
-            job = self.jobs[name]
-            assert self.allocator.computed(name) == job.length
-            job.generated += 1
-            job.served.append(step.seq)
-            if job.generated == job.tokens:
-                self._forget(name)
-                self.finished.append(name)
+        if self.fail(step):
+            group = set(step.group)
+            self._lost |= {name for name in self.jobs if not group.isdisjoint(self.homes(name))}
+            self._lost |= set(step_requests(step))
+        else:
+            self._serve(step)
+        for name in self._aborted - self._in_flight:
+            self._aborted.remove(name)
+            self._forget(name)
+        for name in (self._lost & self.jobs.keys()) - self._in_flight:
+            self.allocator.release(name)
+        self._lost &= self._in_flight
         self.allocator.check_integrity()
         return step
+
+    def abort(self, name: str) -> None:
+        """Ends a request, at once or when the step that works on it does."""
+        if name in self._in_flight:
+            self._aborted.add(name)
+        else:
+            self._forget(name)
+
+    def homes(self, name: str) -> tuple[int, ...]:
+        return tuple(share.instance for share in self.allocator.shares(name))
 
     def run(self, limit: int = 20_000) -> None:
         """Until everybody has finished, or `limit` steps have ended."""
@@ -154,13 +168,34 @@ class VirtualEngine:
         assert not self.jobs, f"{sorted(self.jobs)} did not end within {limit} steps"
         assert all(self.allocator.used_slots(i) == 0 for i in range(self.topology.instances))
 
+    @property
+    def _in_flight(self) -> frozenset[str]:
+        return frozenset(name for step in self.flying for name in step_requests(step))
+
+    def _serve(self, step: Step) -> None:
+        ends = {c.request: c.last for c in step.chunks} if isinstance(step, PrefillStep) else {}
+        for name in () if isinstance(step, MigrateStep) else step_requests(step):
+            job = self.jobs[name]
+            if not ends.get(name, True):
+                assert 0 < self.allocator.computed(name) < job.length
+                continue
+            assert self.allocator.computed(name) == job.length
+            job.generated += 1
+            job.served.append(step.seq)
+            if job.generated == job.tokens and name not in self._aborted:
+                self._forget(name)
+                self.finished.append(name)
+
     def _launch(self, step: Step) -> None:
         self.allocator.apply(step)
         assert step.seq == self._next_seq
         self._next_seq += 1
         self.flying.append(step)
-        for name in step_requests(step):
-            self.jobs[name].last_seq = step.seq
+        if isinstance(step, MigrateStep):
+            self.moved.append(sum(move.tokens for move in step.moves))
+        else:
+            for name in step_requests(step):
+                self.jobs[name].last_seq = step.seq
         if isinstance(step, PrefillStep):
             self._prefill_seq |= dict.fromkeys(step.group, step.seq)
         used = [self.allocator.used_slots(i) for i in range(self.topology.instances)]
@@ -169,9 +204,6 @@ class VirtualEngine:
     def _preempt(self, name: str) -> None:
         self.preempted.append(name)
         self.allocator.release(name)
-        if self.jobs[name].length > self.longest_prefill:
-            self.lost.append(name)
-            self._forget(name)
 
     def _forget(self, name: str) -> None:
         self.allocator.release(name)
@@ -188,6 +220,7 @@ class VirtualEngine:
             computed=self.allocator.computed(job.id),
             kv=self.allocator.shares(job.id),
             tail=self.allocator.tail(job.id),
+            holes=self.allocator.holes(job.id),
             last_seq=job.last_seq,
         )
 
@@ -204,6 +237,10 @@ class VirtualEngine:
 
 def prefills(steps: Sequence[Step]) -> list[PrefillStep]:
     return [step for step in steps if isinstance(step, PrefillStep)]
+
+
+def migrations(steps: Sequence[Step]) -> list[MigrateStep]:
+    return [step for step in steps if isinstance(step, MigrateStep)]
 
 
 def decodes(steps: Sequence[Step]) -> list[DecodeStep]:

@@ -7,7 +7,7 @@ Counts memory in blocks, as the allocator does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Set
 from functools import cached_property
 
 from loongjax.plan import Group, InstanceId, RequestId, RequestView, Snapshot
@@ -33,6 +33,7 @@ class Board:
       roomy: Instances that have any.
       running: Requests that decode and that no step works on, in line.
       preempted: Requests whose KV this plan drops.
+      seated: Requests that this plan has a step for.
       stuck: Running requests that have no room, and will have none before others end.
     """
 
@@ -50,6 +51,7 @@ class Board:
             (view for view in snapshot.running if view.id not in snapshot.in_flight), key=line_key
         )
         self.preempted: list[RequestId] = []
+        self.seated: set[RequestId] = set()
         self.stuck: set[RequestId] = set()
         self._headroom = headroom
         self._capacity = {view.id: view.slots // snapshot.block_size for view in views}
@@ -61,13 +63,16 @@ class Board:
 
     @cached_property
     def _grants(self) -> dict[RequestId, tuple[frozenset[InstanceId], int]]:
-        """For everyone with KV that decodes: its homes, and the blocks granted in advance."""
-        holders = (view for view in self.snapshot.running if view.id not in self.preempted)
-        return {view.id: (view.homes, self.growth(view)) for view in holders if view.kv}
+        """For everyone with KV: its homes, and the blocks granted in advance."""
+        return {
+            view.id: (view.homes, self.grant(view))
+            for view in (*self.snapshot.running, *self.snapshot.waiting)
+            if view.kv and view.id not in self.preempted
+        }
 
     @property
     def occupied(self) -> frozenset[InstanceId]:
-        """Instances with KV of anyone that decodes."""
+        """Instances with anyone's KV."""
         return frozenset[InstanceId]().union(*(homes for homes, _ in self._grants.values()))
 
     # ---- memory ----------------------------------------------------------------------
@@ -76,19 +81,16 @@ class Board:
         """Whole blocks that hold this many tokens."""
         return -(-tokens // self.snapshot.block_size)
 
-    def growth(self, view: RequestView) -> int:
-        """Blocks beyond those of its known tokens that a request is granted in advance.
+    def grant(self, view: RequestView) -> int:
+        """Blocks beyond those that it holds that a request is granted in advance.
 
-        As many as its next `headroom` tokens need. All that it can ever need, if it can grow
-        too long to be computed anew: it must not be preempted then.
+        As many as the rest of its prompt and then `headroom` tokens need.
         """
-        begun = view.computed or view.length
-        longest = view.peak
-        if longest <= self.longest_prefill:
-            longest = min(longest, begun + self._headroom)
-        return max(0, self.blocks(longest) - self.blocks(begun))
+        begun = view.computed if view.kv and view.uncomputed <= 1 else view.length
+        longest = min(view.peak, begun + self._headroom)
+        return max(0, self.blocks(longest) - self.blocks(view.computed))
 
-    def growth_on(self, instances: Set[InstanceId]) -> int:
+    def granted_on(self, instances: Set[InstanceId]) -> int:
         """Blocks granted in advance to everyone with KV on any of these."""
         return sum(
             blocks for homes, blocks in self._grants.values() if not homes.isdisjoint(instances)
@@ -99,13 +101,14 @@ class Board:
         region = self.reach(instances)
         if region not in self._spare:
             free = sum(self.free[instance] for instance in region)
-            self._spare[region] = free - self.growth_on(region)
+            self._spare[region] = free - self.granted_on(region)
         return self._spare[region]
 
-    @property
-    def longest_prefill(self) -> int:
-        """Tokens that one prefill step of the largest group takes."""
-        return self.snapshot.max_chunk_tokens * self.snapshot.topology.degrees[-1]
+    def spare_for(self, view: RequestView, instances: Set[InstanceId]) -> int:
+        """Free blocks on these, less what is granted in advance to others with KV there."""
+        free = sum(self.free[instance] for instance in instances)
+        homes, own = self._grants[view.id]
+        return free - self.granted_on(instances) + (0 if homes.isdisjoint(instances) else own)
 
     def reach(self, instances: frozenset[InstanceId]) -> frozenset[InstanceId]:
         """A largest group that holds these: where KV that lies on them can grow to."""
@@ -128,21 +131,41 @@ class Board:
         if not self.free[instance]:
             self.roomy.discard(instance)
 
-    def hold_kv(self, view: RequestView) -> None:
-        """A prompt gets KV by this plan, in new blocks; `view` shows it with its shares."""
-        for instance, tokens in view.kv:
-            self.take(instance, self.blocks(tokens))
-        self._grants[view.id] = (view.homes, self.growth(view))
+    def hold_kv(self, view: RequestView, blocks: Mapping[InstanceId, int]) -> None:
+        """A request gets KV by this plan, in new blocks; `view` shows what it has then."""
+        for instance, wanted in blocks.items():
+            self.take(instance, wanted)
+        self.seated.add(view.id)
+        self._grants[view.id] = (view.homes, self.grant(view))
         self._spare.clear()
 
     def preempt(self, view: RequestView) -> None:
         """Drops a request's KV; its blocks are free at once."""
         del self._grants[view.id]
+        self._spare.clear()
         self.preempted.append(view.id)
-        self.running.remove(view)
+        if view in self.running:
+            self.running.remove(view)
         for instance, tokens in view.kv:
             self.free[instance] += self.blocks(tokens)
             self.roomy.add(instance)
+
+    def blocks_on(self, instances: Set[InstanceId], view: RequestView) -> int:
+        """Blocks that a request holds on these."""
+        return sum(self.blocks(tokens) for home, tokens in view.kv if home in instances)
+
+    def behind(self, view: RequestView) -> list[RequestView]:
+        """Those behind a request in line that could give up KV for it, in line."""
+        holders = (*self.snapshot.running, *self.snapshot.waiting)
+        others = (
+            other
+            for other in holders
+            if other.kv
+            and line_key(other) > line_key(view)
+            and other.id not in self.preempted
+            and other.id not in self.seated
+        )
+        return sorted(others, key=line_key)
 
     # ---- groups ----------------------------------------------------------------------
 

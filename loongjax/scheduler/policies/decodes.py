@@ -71,7 +71,8 @@ class Decodes:
     def seat_the_rest(self) -> None:
         """Seats everybody else who can run now, those served longest ago first."""
         board = self._board
-        rest = [view for view in board.running if view.id not in self._done]
+        done = self._done | board.seated
+        rest = [view for view in board.running if view.id not in done]
         for view in sorted(rest, key=_turn_key):
             usable = board.idle | board.drained if board.put_off_on(view) else board.idle
             seat = self._find(view, usable, board.roomy)
@@ -100,25 +101,13 @@ class Decodes:
             self._take(view, seat)
             return
         if self._find(view, everywhere, roomy) is None:
-            younger = self._younger(view)
+            younger = board.behind(view)
             if self._preempt_for(view, younger):
                 return
             roomy = {home for victim in younger for home in victim.homes}
             if self._find(view, everywhere, roomy) is None:
                 board.stuck.add(view.id)
         self._keep_free(self._find(view, board.idle | board.soon, roomy))
-
-    def _younger(self, view: RequestView) -> list[RequestView]:
-        """Those behind it in line that can give up KV and be computed anew, in line."""
-        board = self._board
-        return [
-            other
-            for other in sorted(board.snapshot.running, key=line_key)
-            if line_key(other) > line_key(view)
-            and other.kv
-            and other.length <= board.longest_prefill
-            and other.id not in board.preempted
-        ]
 
     def _preempt_for(self, view: RequestView, younger: list[RequestView]) -> bool:
         for victim in reversed(younger):
@@ -141,24 +130,10 @@ class Decodes:
     def _find(
         self, view: RequestView, usable: Set[InstanceId], roomy: Set[InstanceId]
     ) -> _Seat | None:
-        """A seat on usable instances, its new block, if it needs one, on a roomy one."""
-        if view.kv:
-            return self._find_near(view, view.homes, usable, roomy)
-        for start in self._most_free(roomy & (usable | self._at.keys())):
-            if self._board.can_hold_peak(frozenset({start}), view):
-                seat = self._find_near(view, frozenset({start}), usable, roomy)
-                if seat is not None:
-                    return seat
-        return None
-
-    def _find_near(
-        self,
-        view: RequestView,
-        homes: frozenset[InstanceId],
-        usable: Set[InstanceId],
-        roomy: Set[InstanceId],
-    ) -> _Seat | None:
-        """A seat whose group holds `homes`; a new block goes there, or else beside them."""
+        """A seat on usable instances, its new block, if it needs one, on a roomy one: with its
+        other KV, or else beside it.
+        """
+        homes = view.homes
         joined = tuple(dict.fromkeys(self._at[home] for home in homes if home in self._at))
         rows = sum(len(batch.rows) for batch in joined) + 1
         least = -(-rows // self._board.snapshot.max_rows)
@@ -239,6 +214,7 @@ class Decodes:
             self._board.claim(seat.group)
         batch.needed |= {seat.home, *(share.instance for share in view.kv)}
         batch.rows.append((view, seat.home))
+        self._board.seated.add(view.id)
         if view.tail is None:
             self._board.take(seat.home, 1)
 

@@ -6,12 +6,13 @@ waits is admitted in the end, and the pool can be used to its last block.
 
 One plan is made in this order:
 1. Requests that decode and have no room left for their next token (`decodes`).
-2. Prompts, strictly in line (`prompts`), on idle instances. They go before other decodes;
-   but where a prompt was computed, everyone who decodes gets a token before the next one.
-3. All other decodes that can run.
+2. Prompts, strictly in line (`prompts`), on idle instances, long ones in chunks. They go
+   before other decodes; but where a chunk was computed, everyone who decodes gets a token
+   before the next one.
+3. KV that is spread for want of memory that is free again moves together (`consolidate`).
+4. All other decodes that can run.
 
-Whole prompts only: a chunk over KV that is there already is never planned, and a preempted
-request is computed anew from its first token on.
+A preempted request is computed anew from its first token on, whatever its length.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loongjax.errors import ConfigError
-from loongjax.plan import Plan, Snapshot
+from loongjax.plan import Plan, Snapshot, Step
 from loongjax.scheduler.policies.board import Board
+from loongjax.scheduler.policies.consolidate import Consolidation
 from loongjax.scheduler.policies.decodes import Decodes
 from loongjax.scheduler.policies.prompts import Prompts
 
@@ -33,12 +35,11 @@ class FirstCome:
       tokens_per_rank: Prompt tokens that keep one rank busy. A prompt gets the smallest
         degree that leaves each rank no more, and short prompts are packed up to here. Lower:
         long prompts are answered sooner, on more instances, at more communication. If too
-        few instances are idle or decode, a prompt takes fewer, as long as a step holds it:
-        it does not wait for other prompts.
+        few instances are idle or decode, a prompt takes fewer: it does not wait for other
+        prompts.
       headroom: Tokens beyond the known ones that memory is kept for when a prompt is
-        admitted, for it and for every request that decodes nearby. Lower: more requests at
-        once, and more of them preempted and computed anew. A request that can grow too long
-        to be computed anew is granted all that it may need.
+        admitted, for it and for every request nearby. Lower: more requests at once, and more
+        of them preempted and computed anew.
     """
 
     tokens_per_rank: int = 1024
@@ -57,19 +58,10 @@ class FirstCome:
         decodes.seat_the_short()
         prompts = Prompts(board, self.tokens_per_rank)
         prompts.seat()
+        consolidation = Consolidation(board, prompts.held_up)
+        consolidation.seat()
         decodes.seat_the_rest()
-        prefill_steps = prompts.steps(snapshot.next_seq)
-        decode_steps = decodes.steps(snapshot.next_seq + len(prefill_steps))
-        if not prefill_steps and not decode_steps and not board.soon and not board.late:
-            _preempt_last(board)
-        return Plan(steps=(*prefill_steps, *decode_steps), preempt=tuple(board.preempted))
-
-
-def _preempt_last(board: Board) -> None:
-    """Nothing can run and nothing is in flight: the last in line makes room for the others.
-
-    Happens only when all who could be computed anew have made room already.
-    """
-    holders = [view for view in board.running if view.kv]
-    if holders:
-        board.preempt(holders[-1])
+        steps: list[Step] = []
+        for part in (prompts, consolidation, decodes):
+            steps += part.steps(snapshot.next_seq + len(steps))
+        return Plan(steps=tuple(steps), preempt=tuple(board.preempted))

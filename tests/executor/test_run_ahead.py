@@ -1,0 +1,65 @@
+"""Decode steps launched before the last one's tokens are on the host say the same."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from loongjax.plan import DecodeRow, DecodeStep, SampledToken
+from tests.esp.rig import TINY, Rig
+
+STEPS = 6
+PROMPTS = {"a": 20, "b": 9}
+
+
+@pytest.fixture(scope="module")
+def rig(tmp_path_factory):
+    rig = Rig(instances=2, block_size=4, program_dir=tmp_path_factory.mktemp("programs"))
+    yield rig
+    rig.executor.close()
+
+
+def start(rig: Rig) -> list[tuple[SampledToken, ...]]:
+    rng = np.random.default_rng(0)
+    for name, length in PROMPTS.items():
+        rig.admit(name, rng.integers(0, TINY.vocab_size, length).tolist())
+    keep = {name: {0: length // 2, 1: length - length // 2} for name, length in PROMPTS.items()}
+    return [rig.prefill((0, 1), PROMPTS, keep).tokens]
+
+
+def step(rig: Rig) -> DecodeStep:
+    rows = (DecodeRow("a", 0, 1), DecodeRow("b", 1, 1))
+    return DecodeStep(seq=rig.next_seq(), group=(0, 1), rows=rows)
+
+
+def test_running_ahead_changes_nothing(rig):
+    waited = start(rig)
+    for _ in range(STEPS):
+        waited.append(rig.run(step(rig)).tokens)
+    for name in PROMPTS:
+        rig.release(name)
+    ahead = start(rig)
+    for _ in range(STEPS):
+        planned = step(rig)
+        rig.executor.submit(planned, rig.allocator.apply(planned))
+    results = []
+    while len(results) < STEPS:
+        results += rig.executor.poll(60.0)
+    ahead += [result.tokens for result in sorted(results, key=lambda result: result.seq)]
+    assert ahead == waited
+    for name in PROMPTS:
+        rig.release(name)
+
+
+def test_a_token_that_is_nowhere_fails_the_step(rig):
+    start(rig)
+    planned = step(rig)
+    rig.executor.submit(planned, rig.allocator.apply(planned))
+    alone = DecodeStep(seq=rig.next_seq(), group=(0,), rows=(DecodeRow("a", 0, 0),))
+    rig.executor.submit(alone, rig.allocator.apply(alone))
+    results = []
+    while len(results) < 2:
+        results += rig.executor.poll(60.0)
+    errors = {result.seq: result.error for result in results}
+    assert errors[planned.seq] is None
+    assert "request 'a' is neither known" in errors[alone.seq]
