@@ -1,0 +1,102 @@
+"""How `FirstCome` computes prompts that are longer than a step, and keeps their memory."""
+
+from __future__ import annotations
+
+from loongjax.plan import DecodeStep, PrefillStep, step_requests
+from tests.scheduler.first_come_rig import begin, chunks, engine, homes, submit
+from tests.scheduler.virtual_engine import prefills
+
+
+def test_long_prompt_is_computed_in_chunks_over_its_own_kv() -> None:
+    it = engine(max_chunk_tokens=8, slots=40)
+    submit(it, "a", 75, tokens=2)  # needs two instances
+    it.run()
+    assert [(c.start, c.length, c.last) for c in chunks(it, "a")] == [
+        (0, 32, False),
+        (32, 32, False),
+        (64, 11, True),
+    ]
+    assert it.jobs == {}
+
+
+def test_chunks_follow_each_other_onto_the_same_instances() -> None:
+    it = engine(max_chunk_tokens=8, slots=60, block_size=4)
+    submit(it, "a", 75, tokens=30)  # two of four instances hold all that it needs
+    begin(it, "a")
+    assert len(homes(it, "a")) == 2
+    degrees = [len(step.group) for _, plan in it.plans for step in prefills(plan.steps)]
+    assert degrees == [4, 4, 2]  # the rest needs no more
+    assert it.allocator.holes("a") == ()
+
+
+def test_partly_filled_block_is_filled_by_the_next_chunk() -> None:
+    it = engine(1, max_chunk_tokens=6, slots=40, block_size=4)
+    submit(it, "a", 15, tokens=2)
+    begin(it, "a")
+    assert it.allocator.used_slots(0) == 16
+    assert it.allocator.holes("a") == ()
+
+
+def test_last_token_of_a_prompt_may_come_with_a_decode_step() -> None:
+    it = engine(1, max_chunk_tokens=8)
+    submit(it, "a", 9, tokens=3)
+    begin(it, "a")
+    assert [type(plan.steps[0]) for _, plan in it.plans] == [PrefillStep, DecodeStep]
+
+
+def test_everybody_gets_a_token_between_two_chunks() -> None:
+    it = engine(1, max_chunk_tokens=8)
+    submit(it, "d", 2)
+    begin(it, "d")
+    submit(it, "long", 30)
+    kinds = []
+    for _ in range(8):
+        (step,) = it.plan()
+        kinds.append(type(step))
+        it.end_one()
+    assert kinds == [PrefillStep, DecodeStep] * 4
+
+
+def test_begun_prompt_goes_before_all_who_were_not() -> None:
+    it = engine(1, max_chunk_tokens=8)
+    submit(it, "long", 12)
+    it.plan()
+    submit(it, "urgent", 2, priority=1)
+    it.end_one()
+    (step,) = it.plan()
+    assert step_requests(step) == ("long", "urgent")
+    assert [chunk.start for chunk in step.chunks] == [8, 0]
+
+
+def test_memory_of_a_begun_prompt_is_not_given_to_others() -> None:
+    it = engine(2, slots=32, max_chunk_tokens=8, headroom=0)
+    submit(it, "long", 40, tokens=2)
+    it.plan()
+    submit(it, "other", 24, tokens=2)
+    it.end_one()
+    it.run()
+    assert it.preempted == []
+    assert it.finished == ["long", "other"]
+
+
+def test_begun_prompt_takes_its_memory_back_from_those_behind_it() -> None:
+    it = engine(1, slots=20, max_chunk_tokens=4, headroom=0)
+    for name in "wxyz":
+        submit(it, name, 1, tokens=10)
+    begin(it, *"wxyz")
+    submit(it, "first", 12, tokens=2, priority=1)
+    it.run()
+    assert it.finished[0] == "first"
+    assert it.preempted[:2] == ["z", "y"]
+    assert "first" not in it.preempted
+
+
+def test_begun_prompt_waits_for_its_elders_or_makes_room_for_them() -> None:
+    it = engine(1, slots=20, max_chunk_tokens=4, headroom=0)
+    for name in "wxyz":
+        submit(it, name, 1, tokens=5)  # 20 slots in the end
+    begin(it, *"wxyz")
+    submit(it, "last", 12, tokens=2)
+    it.run()
+    assert it.finished[-1] == "last"
+    assert it.preempted == ["last"]
