@@ -155,7 +155,7 @@ class State:
 
     def snapshot(self) -> Snapshot:
         """What the policy may look at; also `published` from now on."""
-        self._views.refresh(self.open, self._allocator)
+        self._views.refresh(lambda name: self.open[name].view(self._allocator))
         busy = {i: seq for seq, step in sorted(self.flying.items()) for i in step.group}
         self._instances = tuple(self._instance(view, busy.get(view.id)) for view in self._instances)
         self.published = Snapshot(

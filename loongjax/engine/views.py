@@ -6,11 +6,9 @@ whose view may have changed since. Whoever changes a request adds it to `stale`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import count
 
-from loongjax.engine.request import Request
-from loongjax.kvcache import BlockAllocator
 from loongjax.plan import RequestId, RequestView
 
 
@@ -50,10 +48,10 @@ class Views:
         self._waiting.remove(request)
         self._running.remove(request)
 
-    def refresh(self, requests: Mapping[RequestId, Request], allocator: BlockAllocator) -> None:
+    def refresh(self, make: Callable[[RequestId], RequestView]) -> None:
         """Makes stale views anew. O(stale), and a sort when a request changed lists."""
         for name in self.stale:
-            view = requests[name].view(allocator)
+            view = make(name)
             waits = view.prompt + view.generated - view.computed > 1 or not view.kv
             here, there = self._running, self._waiting
             if waits:
