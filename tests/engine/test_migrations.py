@@ -160,6 +160,21 @@ def test_kv_lost_elsewhere_while_it_moves_is_dropped_when_it_has_arrived() -> No
     assert view_of(during, "b").computed == 0
 
 
+def test_kv_lost_elsewhere_while_it_moves_may_be_aborted() -> None:
+    def first(snapshot: Snapshot) -> Plan | None:
+        if snapshot.next_seq == 4 and snapshot.in_flight == {"a"}:
+            it.engine.abort("a")
+        return scattered(snapshot)
+
+    with rig(policy=Wrapped(first=first), executor=failing(3), instances=3) as it:
+        a, b = submit_both(it)
+        assert collect(a)[1].reason == "abort"
+        assert collect(b)[0] == ANSWER[:4]
+        it.executor.wait_for(lambda executor: not executor.known)
+        it.executor.wait_idle()
+        assert it.engine.stats().recomputed_requests == 1  # of b
+
+
 def test_failure_of_both_steps_is_two_failures() -> None:
     with rig(policy=Wrapped(first=scattered), executor=failing(2, 3), instances=3) as it:
         a, b = submit_both(it)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import groupby
 
 import pytest
@@ -103,20 +104,18 @@ def test_fewer_tokens_move_than_may_be_generated(to_come: int, moves: int) -> No
     assert len(moves_of(snapshot(view, free=(24, 29)))) == moves
 
 
-@pytest.mark.parametrize(("prompt", "moves"), [(9, 0), (10, 1)])
-def test_or_than_prompt_tokens_are_held_up_for_lack_of_instances(prompt: int, moves: int) -> None:
-    """A prompt has put `a` off, so that the next one waits, and another runs on 2 and 3."""
-    view = decoding("a", (0, 12), (1, 9), max_tokens=3, last_seq=1)
-    found = snapshot(view, free=(20, 23, 10, 10), busy={2: 4, 3: 4}, waits=(waiting(prompt),))
-    put_off = tuple(
-        InstanceView(id=i, slots=SLOTS, free_slots=n, busy_seq=None, prefill_seq=3)
-        for i, n in enumerate((20, 23))
-    )
-    found = Snapshot(
-        **{name: getattr(found, name) for name in Snapshot.__slots__}
-        | {"instances": (*put_off, *found.instances[2:])}
-    )
-    assert len(moves_of(found)) == moves
+@pytest.mark.parametrize(
+    ("prompt", "movers"), [(9, []), (10, ["a"]), (18, ["a"]), (19, ["a", "b"])]
+)
+def test_or_than_prompt_tokens_are_held_up_for_lack_of_instances(
+    prompt: int, movers: list[str]
+) -> None:
+    """A prompt has put both off on 0 and 1, so that the next one waits; another runs on 2."""
+    views = [decoding(name, (0, 10), (1, 9), max_tokens=3) for name in "ab"]
+    found = snapshot(*views, free=(22, 23, 10), busy={2: 4}, waits=(waiting(prompt),))
+    last_prompt = tuple(replace(view, prefill_seq=3) for view in found.instances[:2])
+    found = replace(found, instances=(*last_prompt, found.instances[2]))
+    assert [move.request for move in moves_of(found)] == movers
 
 
 def test_prompts_that_wait_for_memory_do_not_count() -> None:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 import pytest
-from hypothesis import event, given, settings
+from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
 from loongjax.cluster.topology import EverySubset
@@ -437,6 +437,8 @@ def test_moves_fit_what_is_free_at_their_targets() -> None:
     st.lists(st.tuples(st.integers(1, 2), st.integers(1, 6)), min_size=1, max_size=3),
     st.integers(0, 5),
 )
+@example(4, [(0, 2), (1, 1)] * 4, [], 0, [(1, 8)], 2)  # positions with gaps: a block for each
+@example(4, [(0, 8)], [], 0, [(1, 3), (2, 5)], 1)  # both touch one block
 def test_valid_moves_are_never_refused_by_the_allocator(
     size: int,
     chunks: list[tuple[int, int]],

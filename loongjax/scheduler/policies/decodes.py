@@ -135,6 +135,8 @@ class Decodes:
         """
         homes = view.homes
         joined = tuple(dict.fromkeys(self._at[home] for home in homes if home in self._at))
+        if not joined and not homes.issubset(usable):
+            return None  # as the search would find, for most who wait for a step to end
         rows = sum(len(batch.rows) for batch in joined) + 1
         least = -(-rows // self._board.snapshot.max_rows)
         if len(joined) == 1 and len(joined[0].group) >= least and homes.issubset(joined[0].group):

@@ -158,9 +158,9 @@ class Prompts:
         return self._board.idle - self._owed
 
     def _soon(self) -> set[InstanceId]:
-        """Ready, or to be after a step that computes no prompt."""
+        """Ready, or to be after a step that computes no prompt, and not kept for another one."""
         own = {instance for batch in self._batches for instance in batch.group}
-        return self._board.free.keys() - self._board.late - own
+        return self._board.free.keys() - self._board.late - self._board.drained - own
 
     def _choose(self, view: RequestView, *levels: Set[InstanceId]) -> Group | None:
         """A group for a prompt at the best degree for which there is one.
