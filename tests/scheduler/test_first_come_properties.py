@@ -1,119 +1,40 @@
-"""What `FirstCome` promises, on random clusters, pools, loads and orders of ends.
-
-`VirtualEngine` validates every plan, proves the allocator's books after every step, and fails
-when nothing is planned while nothing is in flight.
-"""
+"""What `FirstCome` promises, on random clusters, pools, loads and orders of ends."""
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loongjax.cluster.topology import AlignedSlices, EverySubset, Neighbours
+from loongjax.cluster.topology import EverySubset
 from loongjax.plan import (
     MigrateStep,
     PrefillStep,
     RequestView,
     Snapshot,
-    Step,
-    Topology,
     step_requests,
 )
 from loongjax.scheduler.policies.board import line_key
 from loongjax.scheduler.policies.first_come import FirstCome
+from tests.scheduler.loads import (
+    Hoarder,
+    Load,
+    clusters,
+    engine,
+    limits,
+    loads,
+    pools,
+    serve,
+)
 from tests.scheduler.virtual_engine import Job, VirtualEngine
 
-KINDS = {"subsets": EverySubset, "neighbours": Neighbours, "slices": AlignedSlices}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Load:
-    """A request, as parts of what is possible: of the pool, of its peak, of `max_tokens`.
-
-    `wait` steps later the next one comes; this one is aborted then, if `aborted`.
-    """
-
-    peak: float
-    prompt: float
-    tokens: float
-    priority: int
-    wait: int
-    aborted: bool = False
-
-
-parts = st.sampled_from([0.0, 0.05, 0.2, 0.5, 0.8, 1.0])
-loads = st.builds(
-    Load, peak=parts, prompt=parts, tokens=parts, priority=st.integers(0, 1), wait=st.integers(0, 9)
+policies = st.builds(
+    FirstCome,
+    tokens_per_rank=st.sampled_from([2, 8, 1024]),
+    headroom=st.sampled_from([0, 1, 8, 1000]),
 )
-clusters = st.tuples(st.sampled_from(sorted(KINDS)), st.integers(1, 8), st.sets(st.integers(0, 7)))
-pools = st.tuples(st.sampled_from([1, 4, 16]), st.sampled_from([1, 2, 5, 12]))
-policies = st.tuples(st.sampled_from([2, 8, 1024]), st.sampled_from([0, 1, 8, 1000]))
-limits = st.tuples(st.sampled_from([4, 8, 32]), st.sampled_from([1, 2, 4]))
-
-
-def topology(cluster: tuple[str, int, set[int]]) -> Topology:
-    kind, instances, chosen = cluster
-    possible = KINDS[kind](instances).degrees
-    return KINDS[kind](instances, {possible[i % len(possible)] for i in chosen} or None)
-
-
-def engine(
-    cluster: tuple[str, int, set[int]],
-    pool: tuple[int, int],
-    policy: tuple[int, int],
-    limit: tuple[int, int],
-    seed: int,
-    failures: float = 0.0,
-) -> VirtualEngine:
-    order, luck = random.Random(seed), random.Random(seed)
-    slow = order.random() < 0.3  # prefill steps take long
-
-    def pick(steps: list[Step]) -> int:
-        quick = [i for i, step in enumerate(steps) if not isinstance(step, PrefillStep)]
-        return order.choice(quick if slow and quick and order.random() < 0.9 else range(len(steps)))
-
-    block_size, blocks = pool
-    return VirtualEngine(
-        FirstCome(tokens_per_rank=policy[0], headroom=policy[1]),
-        topology(cluster),
-        slots=blocks * block_size + block_size // 2,  # the half block is never used
-        block_size=block_size,
-        max_chunk_tokens=limit[0],
-        max_rows=limit[1],
-        pick=pick,
-        fail=lambda step: luck.random() < failures,
-    )
-
-
-def job(it: VirtualEngine, name: str, load: Load, *, shortest_prompt: int = 1) -> Job:
-    """One that fits the pool."""
-    peak = max(1, round(load.peak * min(it.capacity(), 90)))
-    prompt = max(shortest_prompt, round(load.prompt * peak))
-    max_tokens = max(1, peak - prompt + 1)
-    return Job(
-        id=name,
-        prompt=prompt,
-        max_tokens=max_tokens,
-        tokens=max(1, round(load.tokens * max_tokens)),
-        priority=load.priority,
-    )
-
-
-def serve(it: VirtualEngine, given_loads: list[Load], *, shortest_prompt: int = 1) -> None:
-    """Submits each request some steps after the one before, and runs until all have ended."""
-    for i, load in enumerate(given_loads):
-        it.submit(job(it, f"r{i}", load, shortest_prompt=shortest_prompt))
-        for _ in range(load.wait):
-            it.plan()
-            if it.flying:
-                it.end_one()
-        if load.aborted and f"r{i}" in it.jobs:
-            it.abort(f"r{i}")
-    it.run()
-    assert all(load.aborted or f"r{i}" in it.finished for i, load in enumerate(given_loads))
 
 
 def is_short(view: RequestView, snapshot: Snapshot) -> bool:
@@ -134,7 +55,7 @@ def decoding(snapshot: Snapshot) -> list[RequestView]:
 def test_everybody_ends_and_nobody_is_put_off_twice(
     cluster: tuple[str, int, set[int]],
     pool: tuple[int, int],
-    policy: tuple[int, int],
+    policy: FirstCome,
     limit: tuple[int, int],
     given_loads: list[Load],
     seed: int,
@@ -190,7 +111,7 @@ def _check_moves_are_cheap(step: MigrateStep, snapshot: Snapshot) -> None:
 def test_everybody_ends_whatever_fails_or_is_aborted(
     cluster: tuple[str, int, set[int]],
     pool: tuple[int, int],
-    policy: tuple[int, int],
+    policy: FirstCome,
     limit: tuple[int, int],
     given_loads: list[Load],
     seed: int,
@@ -213,7 +134,13 @@ def test_with_enough_headroom_nobody_is_preempted(
     """Where all instances may work together, what is granted in advance can be had."""
     if instances * pool[0] * pool[1] < 2:
         return
-    it = engine(("subsets", instances, set()), pool, (8, 1000), limit, seed)
+    it = engine(
+        ("subsets", instances, set()),
+        pool,
+        FirstCome(tokens_per_rank=8, headroom=1000),
+        limit,
+        seed,
+    )
     serve(it, given_loads, shortest_prompt=2)
     assert not it.preempted
 
@@ -223,21 +150,13 @@ def test_with_enough_headroom_nobody_is_preempted(
 def test_one_request_may_fill_the_largest_group_to_the_last_slot(
     cluster: tuple[str, int, set[int]], pool: tuple[int, int], tokens: int, chunk: int
 ) -> None:
-    it = engine(cluster, pool, (8, 0), (chunk, 1), seed=0)
+    it = engine(cluster, pool, FirstCome(tokens_per_rank=8, headroom=0), (chunk, 1), seed=0)
     tokens = min(tokens, it.capacity())
     prompt = it.capacity() - tokens + 1
     it.submit(Job(id="a", prompt=prompt, max_tokens=tokens, tokens=tokens))
     it.run()
     assert it.fullest == it.capacity()
     assert not it.preempted
-
-
-class Hoarder(VirtualEngine):
-    """Whoever ends keeps its slots, so that all reach their peaks together."""
-
-    def _forget(self, name: str) -> None:
-        self.allocator.fork(name, f"{name}, ended")
-        super()._forget(name)
 
 
 @settings(max_examples=60)
@@ -251,7 +170,7 @@ class Hoarder(VirtualEngine):
 def test_requests_fill_the_pool_to_its_last_slot(
     slots: int,
     sizes: list[tuple[int, int]],
-    policy: tuple[int, int],
+    policy: FirstCome,
     limit: tuple[int, int],
     seed: int,
 ) -> None:
@@ -260,7 +179,7 @@ def test_requests_fill_the_pool_to_its_last_slot(
     """
     order = random.Random(seed)
     it = Hoarder(
-        FirstCome(tokens_per_rank=policy[0], headroom=policy[1]),
+        policy,
         EverySubset(4),
         slots=slots,
         block_size=1,

@@ -1,0 +1,96 @@
+"""Making room for prompts: whose KV moves where, so that nobody decodes on some instances.
+
+A request moves in one piece, the largest first, to where most is free, and only where it
+could end and where those who decode there keep room for what they are expected to add.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Set
+from dataclasses import dataclass
+from itertools import chain
+
+from loongjax.plan import Group, InstanceId, Move, RequestView
+from loongjax.scheduler.policies.worktable import Worktable
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Clearing:
+    """How some instances are cleared.
+
+    Attributes:
+      moves: As in a `MigrateStep`.
+      group: Where they run: sources, targets, and what rounds them up to a group.
+    """
+
+    moves: tuple[Move, ...]
+    group: Group
+
+
+def clear(
+    table: Worktable, sources: Set[InstanceId], closed: Set[InstanceId], answer: int
+) -> Clearing | None:
+    """Moves all KV away from `sources` to instances outside `closed`.
+
+    Args:
+      table: The cluster. Not changed.
+      sources: Instances on which others than those in flight are to hold nothing.
+      closed: Instances that take none.
+      answer: Tokens that everybody is expected to add, for which room is kept.
+
+    Returns:
+      None if there is no room, or no group for it.
+    """
+    targets = _Targets(table, table.everything - closed - table.late, answer)
+    known = table.near if sources <= table.idle else table.census
+    there = [view for view in known if not sources.isdisjoint(view.homes)]
+    moves: list[Move] = []
+    for view in sorted(there, key=lambda view: (-view.computed, view.id)):
+        blocks = sum(table.held_blocks(view, source) for source in view.homes & sources)
+        target = targets.take(view, view.homes - sources, blocks)
+        if target is None:
+            return None
+        moves += [
+            Move(view.id, share.instance, target, share.tokens)
+            for share in view.kv
+            if share.instance in sources
+        ]
+    if not moves:
+        return None
+    usable = table.idle | table.soon | sources
+    group = table.snapshot.topology.smallest_cover(
+        frozenset(sources | targets.used), frozenset(usable)
+    )
+    return None if group is None else Clearing(moves=tuple(moves), group=group)
+
+
+class _Targets:
+    """Instances that take KV: few, idle ones first, then those where most is free."""
+
+    def __init__(self, table: Worktable, instances: Set[InstanceId], answer: int) -> None:
+        """Leaves room for what whoever is there is expected to add. How many are there is
+        estimated: all requests are taken to hold alike.
+        """
+        self._table = table
+        self._answer = table.blocks(answer)
+        used = sum(table.capacity) - sum(table.free)
+        each = self._answer * len(table.snapshot.running) / max(1, used)
+        self._room = {
+            i: table.free[i] - math.ceil(each * (table.capacity[i] - table.free[i]))
+            for i in instances
+        }
+        self._order = sorted(instances, key=lambda i: (i not in table.idle, -self._room[i], i))
+        self.used: set[InstanceId] = set()
+
+    def take(
+        self, view: RequestView, stays: frozenset[InstanceId], blocks: int
+    ) -> InstanceId | None:
+        """Where a request that keeps other KV on `stays` may move; None: nowhere."""
+        for target in chain(sorted(self.used), self._order):
+            held = self._room[target] >= blocks
+            if held and self._table.can_hold_peak(stays | {target}, view):
+                self.used.add(target)
+                self._room[target] -= blocks + self._answer
+                return target
+        return None

@@ -1,0 +1,274 @@
+"""Prompts in `LoongServe`: the four steps of the paper in one plan.
+
+In line: while a prompt waits that has no patience left, none behind it is begun. It waits for
+memory (decodes go on meanwhile, and end), until pausing decodes is worth it, or for instances
+that are busy: those that are idle already are kept for it if the rest will be so in a moment.
+
+Between two prompts on an instance, everybody who decodes there gets a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate, islice, takewhile
+
+from loongjax.costmodel.protocol import CostModel
+from loongjax.plan import (
+    Chunk,
+    Group,
+    InstanceId,
+    MigrateStep,
+    Placement,
+    PrefillStep,
+    RequestView,
+    Share,
+)
+from loongjax.scheduler.allocate import Allocation, Candidate, Demand, allocate
+from loongjax.scheduler.batching import Limits, PrefillBatch, few_degrees, split_prefill
+from loongjax.scheduler.dispatch import Prompt, dispatch, memory_allows
+from loongjax.scheduler.policies.chunks import next_chunk
+from loongjax.scheduler.policies.moving import Clearing, clear
+from loongjax.scheduler.policies.outlook import Outlook
+from loongjax.scheduler.policies.worktable import Worktable
+from loongjax.scheduler.scaling import Need, Room, scale_down, shares
+
+_ROUNDS = 8
+"""How often prompts are dispatched, or overtaken, in one plan. More would matter only when
+very many instances become idle at once."""
+
+_MOST_PROMPTS = 64
+"""How many prompts in line are looked at in one round."""
+
+
+class Prefills:
+    """The prefill and migrate steps of one plan.
+
+    Attributes:
+      steps: What was decided so far, in order.
+    """
+
+    def __init__(
+        self, table: Worktable, cost: CostModel, *, typical_answer: int, migrates: bool
+    ) -> None:
+        """Comes after those decodes that have no room, for they go first."""
+        self._table = table
+        self._cost = cost
+        self._migrates = migrates
+        self._outlook = Outlook(table, cost, typical_answer)
+        self._used: set[InstanceId] = set()
+        snapshot = table.snapshot
+        self._limits = Limits(tokens=snapshot.max_chunk_tokens, chunks=snapshot.max_rows)
+        self._degrees = few_degrees(snapshot.topology.degrees)
+        self.steps: list[PrefillStep | MigrateStep] = []
+
+    def seat(self, now: float, patience: float) -> None:
+        """Begins prompts in line until one has to wait that has lost its patience: it came
+        at least that long ago [s].
+        """
+        in_flight = self._table.snapshot.in_flight
+        line = (view for view in self._table.line if view.id not in in_flight)
+        some = list(islice(line, _MOST_PROMPTS))
+        for _ in range(_ROUNDS):
+            if not some or not self._outlook.ready:
+                return
+            count = self._seat_whole(some) if self._is_whole(some[0]) else self._seat_next(some[0])
+            if not count and now - some[0].arrival >= patience:
+                return
+            some = [*some[count or 1 :], *islice(line, count or 1)]
+
+    def _is_whole(self, view: RequestView) -> bool:
+        """Whether one step can compute all of it, over no KV."""
+        return not view.kv and view.length <= self._table.longest_prefill
+
+    # ---- whole prompts ---------------------------------------------------------------
+
+    def _seat_whole(self, line: Sequence[RequestView]) -> int:
+        """Begins prompts from the first in line on; says how many."""
+        whole = list(takewhile(self._is_whole, line))
+        prompts = [self._prompt(view) for view in whole]
+        candidates = self._outlook.candidates(line[0], self._used)
+        moving = self._begin(whole, prompts, candidates) if self._migrates else None
+        if moving is None:
+            fixed = [replace(candidate, moved=None) for candidate in candidates]
+            return self._begin(whole, prompts, fixed) or 0
+        return moving
+
+    def _prompt(self, view: RequestView) -> Prompt:
+        tokens = view.prompt + view.generated
+        growth = view.max_tokens - view.generated - 1
+        headroom = self._table.headroom
+        if headroom is not None and growth > headroom:
+            growth = headroom
+        return Prompt(tokens, growth, self._table.blocks(tokens + growth))
+
+    def _begin(
+        self,
+        views: Sequence[RequestView],
+        prompts: Sequence[Prompt],
+        candidates: Sequence[Candidate],
+    ) -> int | None:
+        """Begins some of the prompts in line, or keeps instances for them (0).
+
+        Returns:
+          How many; None if decodes were to be moved away, and that cannot be done.
+        """
+        if any(candidate.wait for candidate in candidates):  # few enough to be idle together
+            first = self._allocate(prompts[:1], prompts[1:], candidates)
+            group = () if first is None else first.group
+            candidates = [candidate for candidate in candidates if candidate.instance in group]
+        count = self._dispatch(prompts, candidates)
+        while count:
+            got = self._allocate(prompts[:count], prompts[count:], candidates)
+            if got is not None and got.migrate:
+                return 0 if self._migrate(got) else None
+            if got is not None and self._launch(views[:count], prompts[:count], got):
+                return count
+            if got is not None and self._waits_for(got.group):
+                return 0
+            count //= 2
+        return 0
+
+    def _dispatch(self, prompts: Sequence[Prompt], candidates: Sequence[Candidate]) -> int:
+        """How many to begin: step 1, for those that have room anywhere."""
+        table = self._table
+        room = sum([candidate.free for candidate in candidates])
+        room += self._outlook.elsewhere(candidates)
+        ends = list(takewhile(room.__ge__, accumulate(prompt.blocks for prompt in prompts)))
+        if not ends:
+            return 0
+        return dispatch(
+            prompts[: len(ends)],
+            _weight(prompts[len(ends) :]),
+            None if table.has_plenty(ends[-1]) else table.pool(table.everything),
+            self._outlook.openings(candidates),
+            self._degrees,
+            self._cost,
+        )
+
+    def _allocate(
+        self,
+        prompts: Sequence[Prompt],
+        behind: Sequence[Prompt],
+        candidates: Sequence[Candidate],
+    ) -> Allocation | None:
+        """Instances whose surroundings have room for what these prompts will become."""
+        demand = Demand(
+            prompts=prompts,
+            behind=_weight(behind),
+            elsewhere=self._outlook.elsewhere(candidates),
+        )
+        topology = self._table.snapshot.topology
+        while candidates:
+            got = allocate(demand, candidates, topology, self._limits, self._cost)
+            if got is None or self._region_allows(prompts, got.group):
+                return got
+            candidates = [c for c in candidates if c.instance not in got.group]
+        return None
+
+    def _region_allows(self, prompts: Sequence[Prompt], group: Group) -> bool:
+        """The memory test, within what KV that lies on a group can grow to."""
+        table = self._table
+        region = table.reach(frozenset(group))
+        if len(region) == len(table.free):
+            return True  # the test of `dispatch`
+        return memory_allows(prompts, table.pool(region)) == len(prompts)
+
+    def _waits_for(self, group: Group) -> bool:
+        """Keeps what is idle of a group whose others are busy, unless with prompts."""
+        if self._outlook.ready.issuperset(group):
+            return False
+        if self._table.late.isdisjoint(group):
+            self._table.hold(self._outlook.ready.intersection(group))
+        return True
+
+    # ---- steps -----------------------------------------------------------------------
+
+    @property
+    def _next_seq(self) -> int:
+        return self._table.snapshot.next_seq + len(self.steps)
+
+    def _migrate(self, got: Allocation) -> bool:
+        """Clears instances for prompts, or waits until that can begin."""
+        sources, group = frozenset(got.migrate), frozenset(got.group)
+        clearing: Clearing | None = clear(
+            self._table, sources, group | self._used, self._outlook.answer
+        )
+        if clearing is None:
+            return False
+        if not self._waits_for(clearing.group):
+            step = MigrateStep(seq=self._next_seq, group=clearing.group, moves=clearing.moves)
+            self.steps.append(step)
+            self._table.claim(clearing.group)
+        self._waits_for(got.group)
+        return True
+
+    def _launch(
+        self, views: Sequence[RequestView], prompts: Sequence[Prompt], got: Allocation
+    ) -> bool:
+        """Begins prompts on a group that is ready, if it can be split for them."""
+        table = self._table
+        if not self._outlook.ready.issuperset(got.group):
+            return False
+        free = [table.spare(instance) for instance in got.group]
+        topology = table.snapshot.topology
+        batches = split_prefill(prompts, got.group, free, topology, self._limits, self._cost)
+        for batch in batches or ():
+            self._add(batch, [views[i] for i in batch.prompts], [prompts[i] for i in batch.prompts])
+        return batches is not None
+
+    def _add(
+        self, batch: PrefillBatch, views: Sequence[RequestView], prompts: Sequence[Prompt]
+    ) -> None:
+        """One step; its KV is retained on the smallest part of the group."""
+        table = self._table
+        needs = [Need(table.blocks(prompt.tokens), prompt.blocks) for prompt in prompts]
+        rooms = [
+            Room(instance=i, spare=table.spare(i), decodes=table.tenants(i).paused > 0)
+            for i in batch.group
+        ]
+        chunks, keep = [], []
+        for view, pieces in zip(views, scale_down(needs, rooms), strict=True):
+            kept = shares(pieces, view.length, table.snapshot.block_size)
+            chunks.append(Chunk(request=view.id, start=0, length=view.length, last=True))
+            keep.append(Placement(request=view.id, shares=kept))
+            table.place(replace(view, computed=view.length, kv=tuple(sorted(kept))), pieces)
+        self._append(batch.group, tuple(chunks), tuple(keep))
+
+    def _append(self, group: Group, chunks: tuple[Chunk, ...], keep: tuple[Placement, ...]) -> None:
+        self.steps.append(PrefillStep(seq=self._next_seq, group=group, chunks=chunks, keep=keep))
+        self._used.update(group)
+        self._table.claim(group)
+
+    # ---- prompts in parts ------------------------------------------------------------
+
+    def _seat_next(self, view: RequestView) -> int:
+        """Computes the next chunk of a prompt; says whether it did."""
+        table = self._table
+        if not view.kv and not memory_allows([self._prompt(view)], table.pool(table.everything)):
+            return 0
+        found = next_chunk(table, view, self._outlook.ready, self._degrees, self._cost)
+        if found is None:
+            soon = table.everything - table.late - self._used
+            later = next_chunk(table, view, soon, self._degrees, self._cost)
+            if later is not None:
+                self._waits_for(later.group)
+            return 0
+        computed = view.computed + found.chunk.length
+        table.place(
+            replace(view, computed=computed, kv=_merged(view, found.placement)), found.taken
+        )
+        self._append(found.group, (found.chunk,), (found.placement,))
+        return 1
+
+
+def _weight(prompts: Sequence[Prompt]) -> float:
+    """The sum of 1 / input [1/token]."""
+    return sum([1.0 / prompt.tokens for prompt in prompts], 0.0)
+
+
+def _merged(view: RequestView, placement: Placement) -> tuple[Share, ...]:
+    tokens = dict(view.kv)
+    for instance, more in placement.shares:
+        tokens[instance] = tokens.get(instance, 0) + more
+    return tuple(Share(instance, tokens[instance]) for instance in sorted(tokens))
