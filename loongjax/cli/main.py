@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from loongjax import __version__
-from loongjax.cli import generate
+from loongjax.cli import generate, simulate
 from loongjax.errors import LoongJaxError, UserError
 
 _DESCRIPTION = """\
@@ -25,6 +25,7 @@ _EPILOG = """\
 examples:
   loongjax generate --model demo --chat --prompt "Why is the sky blue?"
   loongjax generate --model demo --instances 4 --prompt-file book.txt --max-tokens 100 --json
+  loongjax simulate --hardware a800x8 --workload sharegpt --rate 20
 """
 
 
@@ -39,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"loongjax {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     generate.add_command(commands)
+    simulate.add_command(commands)
     return parser
 
 

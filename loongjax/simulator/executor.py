@@ -1,0 +1,175 @@
+"""An executor on a virtual clock: the engine's own loop runs over it as over devices.
+
+Owns the clock. It stands still while the loop plans, and jumps: by the host's time when the
+loop turns and launches, and to the next arrival or end of a step when the loop waits. So the
+engine's one thread is a resource like any other: while it is busy, finished steps wait.
+
+Promises: deterministic; KV is booked slot by slot (`ledger`), and every step is checked to
+have all KV that it needs.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+
+from loongjax.costmodel.protocol import CostModel
+from loongjax.costmodel.sib import HostTime
+from loongjax.errors import IntegrityError, StepError
+from loongjax.executor.protocol import ExecutorLimits, RequestInput
+from loongjax.kvcache.messages import SlotPlan
+from loongjax.plan import (
+    MigrateStep,
+    PrefillStep,
+    RequestId,
+    SampledToken,
+    Step,
+    StepResult,
+)
+from loongjax.programs.counts import ProgramCounts
+from loongjax.simulator.door import SimulatedDoor
+from loongjax.simulator.jobs import Job
+from loongjax.simulator.ledger import Held, Ledger
+from loongjax.simulator.scaling import ScalingCounter
+from loongjax.simulator.work import step_seconds
+
+WORD = 0
+END = 1
+"""The two tokens of the simulated model: the second ends an answer."""
+
+
+class VirtualExecutor:
+    """See the module and `Executor`.
+
+    Attributes:
+      scaling: What the steps so far did to the groups.
+      steps: How many were launched.
+      busy_s: Time for which instances worked, of all together [s].
+    """
+
+    def __init__(
+        self,
+        *,
+        door: SimulatedDoor,
+        ledger: Ledger,
+        cost: CostModel,
+        host: HostTime,
+        limits: ExecutorLimits,
+    ) -> None:
+        self._door = door
+        self._ledger = ledger
+        self._cost = cost
+        self._host = host
+        self._limits = limits
+        self._now = 0.0
+        self._flying: list[tuple[float, int, float, Step]] = []
+        self._lives: dict[RequestId, _Life] = {}
+        self.scaling = ScalingCounter()
+        self.steps = 0
+        self.busy_s = 0.0
+
+    @property
+    def limits(self) -> ExecutorLimits:
+        """See `Executor`."""
+        return self._limits
+
+    @property
+    def program_counts(self) -> ProgramCounts:
+        """Nothing is compiled."""
+        return ProgramCounts()
+
+    def now(self) -> float:
+        """The virtual clock [s]."""
+        return self._now
+
+    def admit(self, request: RequestInput) -> None:
+        """See `Executor`."""
+        self._lives[request.id] = _Life(
+            job=self._door.jobs[request.id], held=self._ledger.open(request.id)
+        )
+
+    def submit(self, step: Step, slots: SlotPlan) -> None:
+        """See `Executor`. Takes host time."""
+        seconds = step_seconds(step, self._ledger, self._cost)
+        self._ledger.apply(step, slots)
+        self.scaling.add(step)
+        self._now += self._host.step_s + self._host.row_s * _rows(step)
+        heapq.heappush(self._flying, (self._now + seconds, step.seq, self._now, step))
+        self.steps += 1
+        self.busy_s += seconds * len(step.group)
+
+    def poll(self, timeout: float) -> list[StepResult]:
+        """See `Executor`. Goes on to the next event, however far it is.
+
+        Raises:
+          StepError: Nothing will ever happen, and requests are still open.
+          IntegrityError: The books of the pool do not agree.
+        """
+        self._ledger.check()
+        self._now += self._host.turn_s
+        coming = [self._flying[0][0]] if self._flying else []
+        if (arrival := self._door.next_time) is not None:
+            coming.append(arrival)
+        if coming:
+            self._now = max(self._now, min(coming))
+        elif not self._door.closing:
+            raise StepError("the simulation stands still: requests are open, and nothing is due")
+        self._door.advance(self._now)
+        results = []
+        while self._flying and self._flying[0][0] <= self._now:
+            ended, _, started, step = heapq.heappop(self._flying)
+            results.append(
+                StepResult(seq=step.seq, tokens=self._sample(step), started=started, ended=ended)
+            )
+        return results
+
+    def wake(self) -> None:
+        """Nobody waits on a virtual clock."""
+
+    def drop_kv(self, request: RequestId) -> None:
+        """See `Executor`."""
+        self._ledger.drop(request)
+
+    def forget(self, request: RequestId) -> None:
+        """See `Executor`."""
+        self._ledger.close(request)
+        self.scaling.forget(request)
+        del self._lives[request]
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+    def _sample(self, step: Step) -> tuple[SampledToken, ...]:
+        if isinstance(step, MigrateStep):
+            return ()
+        if isinstance(step, PrefillStep):
+            names = [chunk.request for chunk in step.chunks if chunk.last]
+        else:
+            names = [row.request for row in step.rows]
+        lives = self._lives
+        return tuple([SampledToken(name, lives[name].next_token()) for name in names])
+
+
+@dataclass(kw_only=True, slots=True)
+class _Life:
+    """A request: its job, its KV, and how many tokens were generated so far."""
+
+    job: Job
+    held: Held
+    generated: int = 0
+
+    def next_token(self) -> int:
+        """Goes on by one token, if all that came before has KV."""
+        if self.held.total != self.job.prompt + self.generated:
+            raise IntegrityError(
+                f"request {self.job.id!r} is to go on after {self.job.prompt + self.generated} "
+                f"tokens, of which {self.held.total} have KV; this is a fault in loongjax"
+            )
+        self.generated += 1
+        return END if self.generated == self.job.output else WORD
+
+
+def _rows(step: Step) -> int:
+    if isinstance(step, PrefillStep):
+        return len(step.chunks)
+    return len(step.moves) if isinstance(step, MigrateStep) else len(step.rows)

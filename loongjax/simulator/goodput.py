@@ -1,0 +1,171 @@
+"""The rate that a policy sustains: a search over rates, with runs that cannot cheat.
+
+Every run lasts equally long, whatever its rate: a short run at a high rate would end before
+its backlog hurts anybody. The duration is that of all jobs at the fluid bound, which no policy
+exceeds; at a lower rate the same jobs come later, and only those within the duration.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from loongjax.errors import RequestError
+from loongjax.scheduler.policy import Policy
+from loongjax.simulator.bound import fluid_rate, fluid_seconds_done
+from loongjax.simulator.deployment import Deployment
+from loongjax.simulator.jobs import Job, at_rate
+from loongjax.simulator.metrics import Attainment, Objective, attainment
+from loongjax.simulator.run import Run, simulate
+
+_log = logging.getLogger(__name__)
+
+_WANTED = 0.9
+_FEWEST = 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Probe:
+    """One run of the search.
+
+    Attributes:
+      rate: Requests a second that came.
+      requests: How many.
+      attained: How well they were served.
+      work_rate: The work that was done while requests came, as the rate of such requests that
+        it would serve [requests/s].
+    """
+
+    rate: float
+    requests: int
+    attained: Attainment
+    work_rate: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Goodput:
+    """Rates [requests/s].
+
+    Attributes:
+      paper: The highest at which 90 % of all requests meet the objective.
+      every_class: At which that holds in every class of prompt length, too.
+      sustainable: The latter, but no more than what is served under saturation: what comes
+        faster only builds a backlog.
+      saturated: What is served, by the work done, when requests come at the fluid bound.
+      bound: The fluid bound.
+      probes: The runs, by rate.
+    """
+
+    paper: float
+    every_class: float
+    sustainable: float
+    saturated: float
+    bound: float
+    probes: tuple[Probe, ...]
+
+
+def find_goodput(
+    jobs: Sequence[Job],
+    deployment: Deployment,
+    policy: Policy,
+    objective: Objective,
+    *,
+    precision: float = 0.02,
+) -> Goodput:
+    """Searches by bisection.
+
+    Args:
+      jobs: A workload; their spacing is kept, and stretched to each rate.
+      deployment: What serves them.
+      policy: How.
+      objective: What is good enough.
+      precision: Of the result, as a part of the fluid bound.
+
+    Raises:
+      RequestError: Fewer than 20 jobs, or all at once.
+    """
+    search = _Search(jobs, deployment, policy, objective)
+    saturated = search.probe(search.bound).work_rate
+    paper = search.bisect(search.bound, precision, lambda probe: probe.attained.total)
+    every_class = search.bisect(paper, precision, lambda probe: probe.attained.least)
+    return Goodput(
+        paper=paper,
+        every_class=every_class,
+        sustainable=min(every_class, saturated),
+        saturated=saturated,
+        bound=search.bound,
+        probes=tuple(sorted(search.probes.values(), key=lambda probe: probe.rate)),
+    )
+
+
+class _Search:
+    """Runs at rates, each once."""
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        deployment: Deployment,
+        policy: Policy,
+        objective: Objective,
+    ) -> None:
+        if len(jobs) < _FEWEST:
+            raise RequestError(
+                f"{len(jobs)} requests say nothing of 90 % of them; search with at least {_FEWEST}"
+            )
+        self._deployment = deployment
+        self._policy = policy
+        self._objective = objective
+        self._jobs = at_rate(jobs, 1.0)
+        self.bound = fluid_rate(jobs, deployment)
+        self._duration = len(jobs) / self.bound
+        self.probes: dict[float, Probe] = {}
+
+    def probe(self, rate: float) -> Probe:
+        """Runs the jobs that come within the duration at this rate."""
+        if rate not in self.probes:
+            count = min(len(self._jobs), max(_FEWEST, math.ceil(rate * self._duration)))
+            run = simulate(at_rate(self._jobs[:count], rate), self._deployment, self._policy)
+            self.probes[rate] = probe = Probe(
+                rate=rate,
+                requests=count,
+                attained=attainment(run, self._deployment, self._objective),
+                work_rate=self._work_rate(run),
+            )
+            _log.info(
+                "rate %.3f/s: %.1f %% meet the objective, %.1f %% in the worst class; %d "
+                "requests in %.1f s",
+                rate,
+                100 * probe.attained.total,
+                100 * probe.attained.least,
+                count,
+                run.wall_s,
+            )
+        return self.probes[rate]
+
+    def bisect(self, highest: float, precision: float, attained: Callable[[Probe], float]) -> float:
+        """The highest rate known to pass, at most `highest`; 0 if none of those tried does.
+
+        What earlier searches tried narrows this one.
+        """
+        if highest <= 0.0:
+            return 0.0
+        if attained(self.probe(highest)) >= _WANTED:
+            return highest
+        tried = [probe for probe in self.probes.values() if probe.rate <= highest]
+        failed = min(probe.rate for probe in tried if attained(probe) < _WANTED)
+        passed = [p.rate for p in tried if attained(p) >= _WANTED and p.rate < failed]
+        low, high = max(passed, default=0.0), failed
+        while high - low > precision * self.bound:
+            middle = (low + high) / 2
+            if attained(self.probe(middle)) >= _WANTED:
+                low = middle
+            else:
+                high = middle
+        return low
+
+    def _work_rate(self, run: Run) -> float:
+        """The run's end does not count: what is left then keeps few instances busy."""
+        done = fluid_seconds_done(run.outcomes, run.last_arrival, self._deployment)
+        return self.bound * done / (run.last_arrival - run.started)

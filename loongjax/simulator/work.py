@@ -1,0 +1,67 @@
+"""How long a step takes: what a plan asks of the devices, in the words of the cost model.
+
+The slowest rank decides. So KV that lies unevenly is charged as if every rank held as much as
+the fullest, and masters as if each had as many rows as the busiest. History is read where it
+lies, or gathered, whichever is faster: neither is free. Retention during a prefill costs
+nothing, as in the program that does it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from loongjax.costmodel.protocol import ChunkWork, CostModel, DecodeWork
+from loongjax.plan import DecodeStep, InstanceId, MigrateStep, PrefillStep, Step
+from loongjax.simulator.ledger import Ledger
+
+
+def step_seconds(step: Step, ledger: Ledger, cost: CostModel) -> float:
+    """Predicts a step from what the ledger held before its launch."""
+    if isinstance(step, PrefillStep):
+        return _prefill(step, ledger, cost)
+    if isinstance(step, DecodeStep):
+        return cost.decode(len(step.group), decode_work(step, ledger))
+    return _migrate(step, cost)
+
+
+def decode_work(step: DecodeStep, ledger: Ledger) -> DecodeWork:
+    """A decode step's work, for the rank that has most of each kind."""
+    degree = len(step.group)
+    rows = Counter(row.master for row in step.rows)
+    most_rows = max(rows.values())
+    load = dict.fromkeys(step.group, 0)
+    longest = 0
+    for row in step.rows:
+        load[row.home] += 1
+        for instance, tokens in ledger.tokens(row.request).items():
+            load[instance] += tokens
+            longest = max(longest, tokens)
+    return DecodeWork(
+        rows=most_rows * len(rows),
+        kv_tokens=max(load.values()) * degree,
+        masters=len(rows),
+        longest=longest * degree,
+    )
+
+
+def _prefill(step: PrefillStep, ledger: Ledger, cost: CostModel) -> float:
+    degree = len(step.group)
+    fresh = [ChunkWork(chunk.length, chunk.start) for chunk in step.chunks]
+    if not any(chunk.start for chunk in step.chunks):
+        return cost.prefill(degree, fresh)
+    in_place, gathered = [], 0
+    for chunk in step.chunks:
+        fullest = max(ledger.tokens(chunk.request).values(), default=0)
+        in_place.append(ChunkWork(chunk.length, max(chunk.start, fullest * degree)))
+        gathered += chunk.start if degree > 1 else 0
+    return min(cost.prefill(degree, in_place), cost.prefill(degree, fresh) + cost.migrate(gathered))
+
+
+def _migrate(step: MigrateStep, cost: CostModel) -> float:
+    """Moves go on at once; an instance sends and receives at the same time."""
+    sent: Counter[InstanceId] = Counter()
+    received: Counter[InstanceId] = Counter()
+    for move in step.moves:
+        sent[move.source] += move.tokens
+        received[move.target] += move.tokens
+    return cost.migrate(max(*sent.values(), *received.values()))
