@@ -5,23 +5,26 @@ a request, the first at `position`, in consecutive slots from `slot`, never more
 `block_size`. Each query row owns the table entries `start .. start + entries`. Their order
 does not matter, and a row with no entries gives `o = 0`, `lse = -inf`.
 
-This is the XLA path: one loop over work items (row, a chunk of its entries), with a
-run-time trip count. Rows of any length share one program, and a short row next to a long
-one costs what it is worth.
+This is the XLA path: loops over work items (row, a chunk of its entries), with run-time trip
+counts. Rows of any length share one program, and a short row next to a long one costs what it
+is worth. Several items are done at once, whosever they are, and what is left of them one by
+one: on CPU a trip costs more in operations started than in numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, Shaped
 
-from pallas_kernels.partials import Carry, Partial, empty_carry, finish, fold_weights
+from pallas_kernels.partials import Carry, Partial, empty_carry, finish
 
 _CHUNK_TOKENS = 128  # KV tokens of one work item: 128 to 256 were the fastest on CPU
+_ITEMS_AT_ONCE = 8
 
 
 class RowTables(NamedTuple):
@@ -45,52 +48,56 @@ def chunk_entries(block_size: int) -> int:
 
 
 class Keys(NamedTuple):
-    """The keys that some consecutive table entries name; K = entries * block_size.
+    """The keys of W work items, each K = entries * block_size of consecutive table entries.
 
-    X = G * D: heads lie side by side, as they are stored. Where `valid_K` is False, an entry
+    X = G * D: heads lie side by side, as they are stored. Where `valid_WxK` is False, an entry
     had fewer tokens than a block, or the range ended; there, numbers are finite or zero only
-    in `v_KxX`.
+    in `v_WxKxX`.
     """
 
-    k_KxX: Float[Array, "K X"]
-    v_KxX: Float[Array, "K X"]
-    position_K: Int32[Array, " K"]
-    valid_K: Bool[Array, " K"]
+    k_WxKxX: Float[Array, "W K X"]
+    v_WxKxX: Float[Array, "W K X"]
+    position_WxK: Int32[Array, "W K"]
+    valid_WxK: Bool[Array, "W K"]
 
 
 def load_keys(
     k_pool: Shaped[Array, "L S G D"],
     v_pool: Shaped[Array, "L S G D"],
     table_Nx3: Int32[Array, "N 3"],
-    start: Int32[Array, ""],
-    count: Int32[Array, ""],
+    start_W: Int32[Array, " W"],
+    count_W: Int32[Array, " W"],
     *,
     layer: int | Int32[Array, ""],
     block_size: int,
     decode: Callable[[Array], Array] = lambda x: x,
 ) -> Keys:
-    """Loads the keys of one work item: `count` table entries from `start`, at most
-    `chunk_entries(block_size)`.
+    """Loads the keys of work items: for each, `count` table entries from `start`, at most
+    `chunk_entries(block_size)`; none if `count` is not positive.
 
+    `decode` turns stored rows of the pool into numbers (pools may hold bf16 as uint16).
     Slots that no entry names may be read, but are not passed on, even if they hold NaN.
     """
     layers, slots, kv_heads, head_dim = k_pool.shape
-    step = chunk_entries(block_size)
-    found = lax.dynamic_slice(table_Nx3, (start, 0), (step, 3))
+    step, items = chunk_entries(block_size), start_W.shape[0]
+    wide = (items, step * block_size)
+    entry = jnp.arange(step, dtype=jnp.int32)
+    listed_WxE = entry < count_W[:, None]
+    at_WxE = jnp.where(listed_WxE, start_W[:, None] + entry, 0)
+    found_WxEx3 = table_Nx3.at[at_WxE].get(mode="promise_in_bounds")
     offset = jnp.arange(block_size, dtype=jnp.int32)
-    listed = (jnp.arange(step, dtype=jnp.int32) < count)[:, None]
-    valid_K = (listed & (offset < found[:, 2:3])).reshape(-1)
-    slot_K = jnp.where(valid_K, (found[:, 0:1] + offset).reshape(-1), 0)
+    valid_WxK = (listed_WxE[..., None] & (offset < found_WxEx3[..., 2:3])).reshape(wide)
+    slot_WxK = jnp.where(valid_WxK, (found_WxEx3[..., 0:1] + offset).reshape(wide), 0)
 
     def load(pool: Array) -> Array:
         flat = pool.reshape(layers * slots, kv_heads * head_dim)
-        return decode(flat.at[layer * slots + slot_K].get(mode="promise_in_bounds"))
+        return decode(flat.at[layer * slots + slot_WxK].get(mode="promise_in_bounds"))
 
     return Keys(
-        k_KxX=load(k_pool),
-        v_KxX=jnp.where(valid_K[:, None], load(v_pool), 0),
-        position_K=(found[:, 1:2] + offset).reshape(-1),
-        valid_K=valid_K,
+        k_WxKxX=load(k_pool),
+        v_WxKxX=jnp.where(valid_WxK[..., None], load(v_pool), 0),
+        position_WxK=(found_WxEx3[..., 1:2] + offset).reshape(wide),
+        valid_WxK=valid_WxK,
     )
 
 
@@ -107,7 +114,7 @@ def paged_attention(
 ) -> Partial:
     """Attends each row's query over the row's entries; returns `(o_RxHxD, lse_RxH)`.
 
-    `decode` turns stored rows of the pool into numbers (pools may hold bf16 as uint16).
+    `decode` as for `load_keys`. Products are float32, whatever is stored.
     Work: 4*H*D flops and 2*G*D stored elements per KV token, rounded up to chunks of 128
     tokens.
     """
@@ -116,43 +123,73 @@ def paged_attention(
     step = chunk_entries(block_size)
     chunks_R = (rows.entries_R + step - 1) // step
     ends_R = jnp.cumsum(chunks_R)
-    q_RxHxX = spread_heads(q_RxHxD, kv_heads)
+    q_RxHxX = spread_heads(q_RxHxD.astype(jnp.float32) * scale, kv_heads)
 
-    def work_item(w: Array, carry: Carry) -> Carry:
-        r = jnp.sum(ends_R <= w, dtype=jnp.int32)
-        first_entry = (w - (ends_R[r] - chunks_R[r])) * step
+    def fold_items(item_W: Int32[Array, " W"], carry: Carry) -> Carry:
+        row_W = jnp.sum(ends_R <= item_W[:, None], axis=1, dtype=jnp.int32)
+        first_W = (item_W - (ends_R[row_W] - chunks_R[row_W])) * step
         keys = load_keys(
             k_pool,
             v_pool,
             rows.table_Nx3,
-            rows.start_R[r] + first_entry,
-            rows.entries_R[r] - first_entry,
+            rows.start_R[row_W] + first_W,
+            rows.entries_R[row_W] - first_W,
             layer=layer,
             block_size=block_size,
             decode=decode,
         )
-        visible = keys.valid_K & (keys.position_K < rows.position_R[r])
-        visible &= keys.position_K >= rows.first_R[r]
-        q_HxX = lax.dynamic_index_in_dim(q_RxHxX, r, 0, keepdims=False)
-        s = lax.dot_general(
-            q_HxX, keys.k_KxX, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-        )
-        m, p, shrink = fold_weights(carry.m[r], jnp.where(visible, s * scale, -jnp.inf))
-        pv_HxX = lax.dot_general(
-            p.astype(keys.v_KxX.dtype),
-            keys.v_KxX,
-            (((1,), (0,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )
-        pv = gather_heads(pv_HxX, kv_heads)
-        return Carry(
-            carry.m.at[r].set(m),
-            carry.l.at[r].set(carry.l[r] * shrink + p.sum(-1)),
-            carry.o.at[r].set(carry.o[r] * shrink[:, None] + pv),
-        )
+        visible_WxK = keys.valid_WxK & (keys.position_WxK < rows.position_R[row_W][:, None])
+        visible_WxK &= keys.position_WxK >= rows.first_R[row_W][:, None]
+        # Keys first: on CPU that product is faster than queries first.
+        s_WxKxH = _batch_dot(keys.k_WxKxX.astype(jnp.float32), q_RxHxX[row_W], (2, 2))
+        s_WxHxK = jnp.where(visible_WxK[:, None], s_WxKxH.swapaxes(1, 2), -jnp.inf)
+        return _fold_by_row(carry, row_W, s_WxHxK, keys.v_WxKxX.astype(jnp.float32), kv_heads)
+
+    def many(i: Array, carry: Carry) -> Carry:
+        return fold_items(i * _ITEMS_AT_ONCE + jnp.arange(_ITEMS_AT_ONCE, dtype=jnp.int32), carry)
 
     carry = empty_carry((row_count, heads), head_dim)
-    return finish(lax.fori_loop(0, ends_R[-1], work_item, carry))
+    batches = ends_R[-1] // _ITEMS_AT_ONCE
+    carry = lax.fori_loop(0, batches, many, carry)
+    carry = lax.fori_loop(
+        batches * _ITEMS_AT_ONCE, ends_R[-1], lambda i, c: fold_items(i[None], c), carry
+    )
+    return finish(carry)
+
+
+def _fold_by_row(
+    carry: Carry,
+    row_W: Int32[Array, " W"],
+    s_WxHxK: Float[Array, "W H K"],
+    v_WxKxX: Float[Array, "W K X"],
+    kv_heads: int,
+) -> Carry:
+    """Folds scores of work items into their rows' running softmax; rows may repeat."""
+    row_count, heads, head_dim = carry.o.shape
+    of_row_RxW = jnp.arange(row_count, dtype=jnp.int32)[:, None] == row_W
+    m_RxWxH = jnp.where(of_row_RxW[..., None], s_WxHxK.max(-1), -jnp.inf)
+    m_RxH = jnp.maximum(carry.m, m_RxWxH.max(1))
+    base_RxH = jnp.where(m_RxH == -jnp.inf, 0.0, m_RxH)
+    p_WxHxK = jnp.exp(s_WxHxK - base_RxH[row_W][..., None])
+    o_WxHxD = gather_heads(_batch_dot(p_WxHxK, v_WxKxX, (2, 1)), kv_heads)
+    shrink_RxH = jnp.exp(carry.m - base_RxH)
+    by_row = partial(jnp.matmul, of_row_RxW.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+    o_RxHxD = (by_row(o_WxHxD.reshape(-1, heads * head_dim))).reshape(carry.o.shape)
+    return Carry(
+        m_RxH,
+        carry.l * shrink_RxH + by_row(p_WxHxK.sum(-1)),
+        carry.o * shrink_RxH[..., None] + o_RxHxD,
+    )
+
+
+def _batch_dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
+    return lax.dot_general(
+        a,
+        b,
+        (((contract[0],), (contract[1],)), ((0,), (0,))),
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
 
 
 def spread_heads(q_RxHxD: Float[Array, "R H D"], kv_heads: int) -> Float[Array, "R H X"]:
@@ -167,10 +204,9 @@ def spread_heads(q_RxHxD: Float[Array, "R H D"], kv_heads: int) -> Float[Array, 
     return spread.reshape(rows, heads, kv_heads * head_dim)
 
 
-def gather_heads(x_HxX: Float[Array, "H X"], kv_heads: int) -> Float[Array, "H D"]:
+def gather_heads(x_WxHxX: Float[Array, "W H X"], kv_heads: int) -> Float[Array, "W H D"]:
     """Takes from each head's row the part of its own KV head: undoes `spread_heads`."""
-    heads, wide = x_HxX.shape
-    repeat = heads // kv_heads
-    x = x_HxX.reshape(kv_heads, repeat, kv_heads, wide // kv_heads)
-    own = [x[g, :, g] for g in range(kv_heads)]
-    return jnp.concatenate(own, axis=0)
+    items, heads, wide = x_WxHxX.shape
+    x = x_WxHxX.reshape(items, kv_heads, heads // kv_heads, kv_heads, wide // kv_heads)
+    own = [x[:, g, :, g] for g in range(kv_heads)]
+    return jnp.concatenate(own, axis=1)

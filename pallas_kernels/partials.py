@@ -59,13 +59,14 @@ def fold_keys(
     q_HxQxD: Float[Array, "H Q D"],
     k_GxKxD: Float[Array, "G K D"],
     v_GxKxD: Float[Array, "G K D"],
-    visible_QxK: Bool[Array, "Q K"],
+    visible_QxK: Bool[Array, "Q K"] | None,
     scale: float,
 ) -> Carry:
     """Folds a tile of keys into the running softmax of a tile of queries.
 
     Query heads h share KV head h // (H // G). Keys that a query does not see have no weight;
-    their values must be finite. Products accumulate in float32.
+    their values must be finite. None: every query sees every key. Products accumulate in
+    float32.
     """
     heads, queries, head_dim = q_HxQxD.shape
     kv_heads, keys, _ = k_GxKxD.shape
@@ -76,7 +77,9 @@ def fold_keys(
         (((2,), (2,)), ((0,), (0,))),
         preferred_element_type=jnp.float32,
     )
-    s_HxQxK = jnp.where(visible_QxK, s.reshape(heads, queries, keys) * scale, -jnp.inf)
+    s_HxQxK = s.reshape(heads, queries, keys) * scale
+    if visible_QxK is not None:
+        s_HxQxK = jnp.where(visible_QxK, s_HxQxK, -jnp.inf)
     m_HxQ, p_HxQxK, shrink_HxQ = fold_weights(carry_HxQ.m, s_HxQxK)
     pv = lax.dot_general(
         p_HxQxK.reshape(*shared, keys).astype(v_GxKxD.dtype),

@@ -59,25 +59,28 @@ def fold_stripe(
         first_Q = lax.dynamic_slice(first_T, (at,), (tile,))
         index_Q = at + jnp.arange(tile, dtype=jnp.int32)
 
-        def key_tile(j: Array, running: Carry) -> Carry:
+        def fold(j: Array, running: Carry, visible_QxK: Array | None) -> Carry:
+            place, shape = (0, j * tile, 0), (kv_heads, tile, head_dim)
+            k_GxKxD = lax.dynamic_slice(k_GxTxD, place, shape)
+            v_GxKxD = lax.dynamic_slice(v_GxTxD, place, shape)
+            return fold_keys(running, q_HxQxD, k_GxKxD, v_GxKxD, visible_QxK, scale)
+
+        def edge_tile(e: Array, running: Carry) -> Carry:
+            j = jnp.where(e < inner - first, first + e, end - edges + e)
             key_K = j * tile + jnp.arange(tile, dtype=jnp.int32)
             visible = (key_K >= first_Q[:, None]) & (key_K <= (index_Q - shift)[:, None])
-            place, shape = (0, j * tile, 0), (kv_heads, tile, head_dim)
-            return fold_keys(
-                running,
-                q_HxQxD,
-                lax.dynamic_slice(k_GxTxD, place, shape),
-                lax.dynamic_slice(v_GxTxD, place, shape),
-                visible,
-                scale,
-            )
+            return fold(j, running, visible)
 
-        # `first` never decreases inside a prompt, and prompts follow each other: the
-        # tile's first entry bounds all of it.
-        last = (at + tile - 1 - shift) // tile
-        running = lax.fori_loop(
-            first_Q[0] // tile, last + 1, key_tile, slice_carry(carry, at, tile)
-        )
+        # `first` never decreases inside a prompt, and prompts follow each other: the tile's
+        # first and last entries bound all of it. Tiles from `inner` to `diagonal` are seen
+        # whole by every query, and need no mask.
+        first, end = first_Q[0] // tile, (at + tile - 1 - shift) // tile + 1
+        inner = jnp.minimum((first_Q[-1] + tile - 1) // tile, end)
+        diagonal = jnp.maximum((at + 1 - shift) // tile, inner)
+        edges = end - first - (diagonal - inner)
+        running = slice_carry(carry, at, tile)
+        running = lax.fori_loop(inner, diagonal, lambda j, c: fold(j, c, None), running)
+        running = lax.fori_loop(0, edges, edge_tile, running)
         return put_carry(carry, running, at)
 
     return lax.fori_loop(0, (used + tile - 1) // tile, query_tile, carry_HxT)

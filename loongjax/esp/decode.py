@@ -122,4 +122,4 @@ def decode(
     position = lax.dynamic_slice_in_dim(meta["position"], rank * rows, rows)
     attend = PooledAttention(degree=degree, block_size=block_size, meta=meta)
     x_RxM, pool = decoder.apply({"params": weights}, token, position, attend, pool)
-    return pool, sample_rows(weights, x_RxM, meta, decoder)
+    return pool, sample_rows(weights, x_RxM, meta, decoder, tile_rows=rows)

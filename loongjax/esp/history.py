@@ -146,16 +146,16 @@ class HistoryAttention:
             mine = jnp.minimum(w, ends_C[-1] - 1)
             c = jnp.sum(ends_C <= mine, dtype=jnp.int32)
             keys = self._load(pool, c, mine - (ends_C[c] - self._work_items()[c]), layer)
-            keys = keys._replace(valid_K=keys.valid_K & (w < ends_C[-1]))
-            c_n, keys_n = c[None], Keys(*(leaf[None] for leaf in keys))
+            keys_n = keys._replace(valid_WxK=keys.valid_WxK & (w < ends_C[-1]))
+            c_n = c[None]
             if self.degree > 1:
                 c_n = lax.all_gather(c, SP)
-                keys_n = Keys(*(lax.all_gather(leaf, SP) for leaf in keys))
+                keys_n = Keys(*(lax.all_gather(leaf, SP, tiled=True) for leaf in keys_n))
             for source in range(self.degree):
                 carry = self._fold_arrived(
                     carry,
                     q_HxTxD,
-                    Keys(*(leaf[source] for leaf in keys_n)),
+                    Keys(*(leaf[source : source + 1] for leaf in keys_n)),
                     c_n[source],
                     rank,
                     tile,
@@ -188,7 +188,7 @@ class HistoryAttention:
         begin, end = self.meta["chunk_begin"][c], self.meta["chunk_end"][c]
         first, last = begin // tile, (end + tile - 1) // tile
         return lax.fori_loop(
-            first, jnp.where(keys.valid_K.any(), last, first), query_tile, carry_HxT
+            first, jnp.where(keys.valid_WxK.any(), last, first), query_tile, carry_HxT
         )
 
     def _work_items(self) -> Int32[Array, " C"]:
@@ -198,13 +198,14 @@ class HistoryAttention:
     def _load(
         self, pool: KVPool, c: Int32[Array, ""], item: Int32[Array, ""], layer: int | Array
     ) -> Keys:
+        """The keys of one work item of chunk c, as the only one of a batch."""
         first = item * chunk_entries(self.block_size)
         return load_keys(
             pool.k,
             pool.v,
             pool.table,
-            self.meta["history_start"][c] + first,
-            self.meta["history_entries"][c] - first,
+            (self.meta["history_start"][c] + first)[None],
+            (self.meta["history_entries"][c] - first)[None],
             layer=layer,
             block_size=self.block_size,
             decode=from_stored,
@@ -222,11 +223,11 @@ class HistoryAttention:
         begin, start = self.meta["chunk_begin"][c], self.meta["chunk_start"][c]
         in_chunk = (local_Q >= begin) & (local_Q < self.meta["chunk_end"][c])
         # The pool may hold tokens of this very chunk: they were kept in layers' ring steps.
-        visible = in_chunk[:, None] & (keys.valid_K & (keys.position_K < start))
+        visible = in_chunk[:, None] & (keys.valid_WxK[0] & (keys.position_WxK[0] < start))
         if window is None:
             return visible
         position_Q = start + rank_Q + self.degree * (local_Q - begin)
-        return visible & (keys.position_K > (position_Q - window)[:, None])
+        return visible & (keys.position_WxK[0] > (position_Q - window)[:, None])
 
     def _fold(
         self,
@@ -236,5 +237,10 @@ class HistoryAttention:
         visible_QxK: Bool[Array, "Q K"],
     ) -> Carry:
         head_dim = q_HxQxD.shape[2]
-        k, v = (x.reshape(len(x), -1, head_dim).swapaxes(0, 1) for x in (keys.k_KxX, keys.v_KxX))
+
+        def by_head(x_WxKxX: Array) -> Array:
+            x_KxGxD = x_WxKxX[0].reshape(x_WxKxX.shape[1], -1, head_dim)
+            return x_KxGxD.swapaxes(0, 1).astype(q_HxQxD.dtype)
+
+        k, v = by_head(keys.k_WxKxX), by_head(keys.v_WxKxX)
         return fold_keys(running, q_HxQxD, k, v, visible_QxK, head_dim**-0.5)

@@ -25,14 +25,20 @@ from pallas_kernels.kv_write import kv_write
 from pallas_kernels.partials import empty_carry, finish
 from pallas_kernels.striped_attention import fold_stripe
 
+_SAMPLED_AT_ONCE = 4  # most steps end few prompts
+
 
 @dataclass(frozen=True, kw_only=True)
 class RingAttention:
-    """The decoder's attention in a prefill step: see `loongjax.models.decoder.Attend`."""
+    """The decoder's attention in a prefill step: see `loongjax.models.decoder.Attend`.
+
+    `widens`: multiply in float32 what comes in bfloat16 (`loongjax.models.products`).
+    """
 
     degree: int
     meta: Meta
     history: HistoryAttention | None
+    widens: bool
 
     def __call__(
         self,
@@ -48,7 +54,8 @@ class RingAttention:
         tokens, heads, head_dim = q_TxHxD.shape
         kv_heads = k_TxGxD.shape[1]
         rank = lax.axis_index(SP) if self.degree > 1 else jnp.int32(0)
-        q_HxTxD = q_TxHxD.transpose(1, 0, 2)
+        dtype = jnp.float32 if self.widens else q_TxHxD.dtype
+        q_HxTxD = q_TxHxD.transpose(1, 0, 2).astype(dtype)
         kv_TxXxD = jnp.concatenate([k_TxGxD, v_TxGxD], axis=1)  # K and V in one hop
         carry = empty_carry((heads, tokens), head_dim)
         pool = state
@@ -62,7 +69,7 @@ class RingAttention:
                 k=kv_write(pool.k, stored[:, :kv_heads], keep_T, layer=layer),
                 v=kv_write(pool.v, stored[:, kv_heads:], keep_T, layer=layer),
             )
-            kv_XxTxD = kv_TxXxD.transpose(1, 0, 2)
+            kv_XxTxD = kv_TxXxD.transpose(1, 0, 2).astype(dtype)
             carry = fold_stripe(
                 carry,
                 q_HxTxD,
@@ -123,11 +130,16 @@ def prefill(
     projection is not done n times.
     """
     history = HistoryAttention(degree=degree, block_size=block_size, meta=meta)
-    attend = RingAttention(degree=degree, meta=meta, history=history if with_history else None)
+    attend = RingAttention(
+        degree=degree,
+        meta=meta,
+        history=history if with_history else None,
+        widens=decoder.products.widens,
+    )
     params = {"params": weights}
     x_TxM, pool = decoder.apply(params, meta["token"], meta["position"], attend, pool)
     index_A = meta["sample_index"]
     x_AxM = jnp.where((index_A >= 0)[:, None], x_TxM[jnp.maximum(index_A, 0)], 0)
     if degree > 1:
         x_AxM = lax.psum_scatter(x_AxM, SP, scatter_dimension=0, tiled=True)
-    return pool, sample_rows(weights, x_AxM, meta, decoder)
+    return pool, sample_rows(weights, x_AxM, meta, decoder, tile_rows=_SAMPLED_AT_ONCE)

@@ -17,6 +17,7 @@ from loongjax.kvcache.pool import stored_dtype
 from loongjax.kvcache.tables import BlockTable
 from loongjax.models.config import ModelConfig
 from loongjax.models.placement import place_weights, stacks_layers
+from loongjax.models.products import products_for
 from loongjax.models.weights import WeightSource
 from loongjax.programs.buckets import chunk_bucket
 from loongjax.programs.build import ProgramShapes
@@ -55,6 +56,7 @@ def create_executor(model: ModelConfig, source: WeightSource, config: EngineConf
         dtype=dtype,
         stored_dtype=stored_dtype(dtype, platform),
         stacked=stacked,
+        products=products_for(platform),
         slots=slots,
         block_size=block_size,
         # Attention reads entries in chunks, and so beyond the end of the last region.

@@ -38,11 +38,11 @@ from loongjax.models.layers import (
     GIVEN,
     MLP,
     embed,
-    linear,
     rms_norm,
     sum_over_tp,
     unembed,
 )
+from loongjax.models.products import Products, linear
 from loongjax.models.rope import Rotation, rotate, rotation_at
 from loongjax.models.weights import weight_specs
 
@@ -84,6 +84,7 @@ class Attention(nn.Module):
 
     config: ModelConfig
     tp: int = 1
+    products: Products = Products.NATIVE
 
     @nn.compact
     def __call__(
@@ -114,14 +115,15 @@ class Attention(nn.Module):
         )
         o_TxHD = o_TxHxD.reshape(len(x_TxM), -1).astype(x_TxM.dtype)
         o_MxHD = self.param("o", GIVEN, (c.width, o_TxHD.shape[1]))
-        y_TxM = sum_over_tp(linear(o_TxHD, o_MxHD), self.tp)
+        y_TxM = sum_over_tp(linear(o_TxHD, o_MxHD, products=self.products), self.tp)
         if c.o_bias:  # after the sum: every rank holds the whole bias
             y_TxM += self.param("o_bias", GIVEN, (c.width,))
         return y_TxM, state
 
     def _heads(self, name: str, x_TxM: jax.Array, heads: int) -> jax.Array:
         c = self.config
-        y_TxHD = linear(x_TxM, self.param(name, GIVEN, (heads * c.head_dim, c.width)))
+        w_HDxM = self.param(name, GIVEN, (heads * c.head_dim, c.width))
+        y_TxHD = linear(x_TxM, w_HDxM, products=self.products)
         if c.qkv_bias:
             y_TxHD += self.param(f"{name}_bias", GIVEN, (heads * c.head_dim,))
         return y_TxHD.reshape(len(x_TxM), heads, c.head_dim)
@@ -135,14 +137,15 @@ class DecoderLayer(nn.Module):
 
     config: ModelConfig
     tp: int = 1
+    products: Products = Products.NATIVE
 
     def setup(self) -> None:
         """Declares the parts."""
         self.attn_norm = self.param("attn_norm", GIVEN, (self.config.width,))
-        self.attention = Attention(self.config, self.tp)
+        self.attention = Attention(self.config, self.tp, self.products)
         nn.share_scope(self, self.attention)
         self.mlp_norm = self.param("mlp_norm", GIVEN, (self.config.width,))
-        self.mlp = MLP(self.config, self.tp)
+        self.mlp = MLP(self.config, self.tp, self.products)
         nn.share_scope(self, self.mlp)
 
     def __call__(
@@ -175,6 +178,7 @@ class Decoder(nn.Module):
 
     config: ModelConfig
     tp: int = 1
+    products: Products = Products.NATIVE
 
     def setup(self) -> None:
         """Declares the weights outside the layers; these are declared by `DecoderLayer`."""
@@ -204,13 +208,15 @@ class Decoder(nn.Module):
 
     def logits(self, x_RxM: Float[Array, "R M"]) -> Float[Array, "R V"]:
         """float32 logits on every `tp` rank, V rounded up to a multiple of `tp` with -inf."""
-        return unembed(x_RxM, self.unembedding, self.config.vocab_size, self.tp)
+        vocab_size = self.config.vocab_size
+        return unembed(x_RxM, self.unembedding, vocab_size, self.tp, self.products)
 
     def _loop(
         self, layers: Any, x_TxM: jax.Array, rotation: Rotation, attend: Attend, state: Any
     ) -> tuple[jax.Array, Any]:
         self._check_layers(len(layers))
-        module = DecoderLayer(self.config, self.tp, parent=None)  # each call brings its weights
+        # Each call brings its weights.
+        module = DecoderLayer(self.config, self.tp, self.products, parent=None)
         for i, (weights, window) in enumerate(zip(layers, self.config.windows, strict=True)):
             x_TxM, state = module.apply(
                 {"params": weights}, x_TxM, rotation, attend, state, layer=i, window=window
@@ -222,7 +228,7 @@ class Decoder(nn.Module):
     ) -> tuple[jax.Array, Any]:
         windows = self.config.windows
         self._check_layers(len(layers["attn_norm"]))
-        module = DecoderLayer(self.config, self.tp, parent=None)
+        module = DecoderLayer(self.config, self.tp, self.products, parent=None)
         same = len(set(windows)) == 1  # then it stays a Python value, which kernels can use
         windows_L = None if same else jnp.array([w or NO_WINDOW for w in windows], jnp.int32)
 

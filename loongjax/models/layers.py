@@ -1,10 +1,10 @@
 """The parts of a decoder that know nothing of attention: products, norms, MLP, vocabulary.
 
-Owns how a matrix product is computed (`linear`, one place for all of them) and the
-tensor-parallel collectives. Weights are `[out, in]`, as checkpoints store them. Under
-tensor parallelism each part gets its rank's share, as Megatron cuts it: a product splits
-its outputs, the next one its inputs, and one sum over the mesh axis `tp` ends the pair.
-With `tp == 1` no collective is emitted, so that the parts also run outside `shard_map`.
+Owns the tensor-parallel collectives. Weights are `[out, in]`, as checkpoints store them; how
+a product with one is computed is said in products.py. Under tensor parallelism each part gets
+its rank's share, as Megatron cuts it: a product splits its outputs, the next one its inputs,
+and one sum over the mesh axis `tp` ends the pair. With `tp == 1` no collective is emitted, so
+that the parts also run outside `shard_map`.
 
 Letters: T tokens, R rows, M width, F ffn, V vocabulary, I and O inputs and outputs.
 F, V, and I or O where split, are the sizes of one rank.
@@ -16,35 +16,15 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from loongjax.models.config import ModelConfig
+from loongjax.models.products import Products, linear
 
 TP_AXIS = "tp"
 
 # Weights are always given; the initializers only tell linen the shapes to check.
 GIVEN = nn.initializers.zeros_init()
-
-
-def linear(
-    x_TxI: Float[Array, "T I"],
-    w_OxI: Float[Array, "O I"],
-    out_dtype: DTypeLike | None = None,
-) -> Float[Array, "T O"]:
-    """Computes x @ w.T, summed in float32; in the dtype of x, unless told otherwise.
-
-    float32 operands are multiplied in full float32: the defaults of TPU (bfloat16) and
-    GPU (TF32) would be off by 1e-3.
-    """
-    y_TxO = lax.dot_general(
-        x_TxI,
-        w_OxI,
-        (((1,), (1,)), ((), ())),
-        precision=lax.Precision.HIGHEST if w_OxI.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )
-    return y_TxO.astype(out_dtype or x_TxI.dtype)
 
 
 def rms_norm(
@@ -79,10 +59,14 @@ def embed(
 
 
 def unembed(
-    x_RxM: Float[Array, "R M"], table_VxM: Float[Array, "V M"], vocab_size: int, tp: int
+    x_RxM: Float[Array, "R M"],
+    table_VxM: Float[Array, "V M"],
+    vocab_size: int,
+    tp: int,
+    products: Products,
 ) -> Float[Array, "R {tp}*V"]:
     """float32 logits of the whole vocabulary on every rank; those of padded rows are -inf."""
-    logits_RxV = linear(x_RxM, table_VxM, out_dtype=jnp.float32)
+    logits_RxV = linear(x_RxM, table_VxM, jnp.float32, products=products)
     if tp == 1:
         return logits_RxV
     logits_RxV = lax.all_gather(logits_RxV, TP_AXIS, axis=1, tiled=True, to="invarying")
@@ -94,19 +78,23 @@ class MLP(nn.Module):
 
     config: ModelConfig
     tp: int = 1
+    products: Products = Products.NATIVE
 
     @nn.compact
     def __call__(self, x_TxM: Float[Array, "T M"]) -> Float[Array, "T M"]:
         """Applies the MLP to normed activations."""
         width, ffn = self.config.width, self.config.ffn // self.tp
-        gate_TxF = linear(x_TxM, self.param("gate", GIVEN, (ffn, width)))
-        up_TxF = linear(x_TxM, self.param("up", GIVEN, (ffn, width)))
+        gate_TxF = self._linear(x_TxM, "gate", (ffn, width))
+        up_TxF = self._linear(x_TxM, "up", (ffn, width))
         if self.config.mlp_bias:
             gate_TxF += self.param("gate_bias", GIVEN, (ffn,))
             up_TxF += self.param("up_bias", GIVEN, (ffn,))
         inner_TxF = jax.nn.silu(gate_TxF.astype(jnp.float32)) * up_TxF.astype(jnp.float32)
-        down_MxF = self.param("down", GIVEN, (width, ffn))
-        y_TxM = sum_over_tp(linear(inner_TxF.astype(x_TxM.dtype), down_MxF), self.tp)
+        y_TxM = self._linear(inner_TxF.astype(x_TxM.dtype), "down", (width, ffn))
+        y_TxM = sum_over_tp(y_TxM, self.tp)
         if self.config.mlp_bias:  # after the sum: every rank holds the whole bias
             y_TxM += self.param("down_bias", GIVEN, (width,))
         return y_TxM
+
+    def _linear(self, x_TxI: jax.Array, name: str, shape: tuple[int, int]) -> jax.Array:
+        return linear(x_TxI, self.param(name, GIVEN, shape), products=self.products)

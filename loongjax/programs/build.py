@@ -18,6 +18,7 @@ from loongjax.esp.prefill import prefill
 from loongjax.kvcache.pool import POOL_SPECS, KVPool
 from loongjax.models.config import ModelConfig
 from loongjax.models.decoder import Decoder
+from loongjax.models.products import Products
 from loongjax.models.weights import LeafSpec, Tree, weight_leaves
 from loongjax.programs.spec import ProgramSpec
 
@@ -35,6 +36,7 @@ class ProgramShapes:
       dtype: Of weights and activations.
       stored_dtype: Of KV in the pool.
       stacked: Whether layers are stacked (see `loongjax.models.placement.stacks_layers`).
+      products: The form of matrix products (see `loongjax.models.products`).
       slots: KV slots of each instance, without the trash slot.
       block_size: Tokens per block.
       table_entries: Rows of each instance's block table.
@@ -45,6 +47,7 @@ class ProgramShapes:
     dtype: np.dtype
     stored_dtype: np.dtype
     stacked: bool
+    products: Products
     slots: int
     block_size: int
     table_entries: int
@@ -118,7 +121,7 @@ def _body(spec: ProgramSpec, shapes: ProgramShapes) -> Callable[..., tuple[KVPoo
     """What one rank runs, on its own shards."""
     layout, degree = spec.layout, spec.degree
     common: dict[str, Any] = {
-        "decoder": Decoder(shapes.config, shapes.tp),
+        "decoder": Decoder(shapes.config, shapes.tp, shapes.products),
         "degree": degree,
         "block_size": shapes.block_size,
     }

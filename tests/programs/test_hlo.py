@@ -13,6 +13,7 @@ from loongjax.cluster.mesh import GroupMeshes, device_grid
 from loongjax.esp import prefill
 from loongjax.esp.meta import Kind
 from loongjax.kvcache.pool import stored_dtype
+from loongjax.models.products import Products
 from loongjax.programs.build import ProgramShapes, lower
 from loongjax.programs.spec import ProgramSpec
 from pallas_kernels.kv_write import kv_write
@@ -33,6 +34,7 @@ def compiled(kind: Kind, degree: int, dtype: str) -> jax.stages.Compiled:
         dtype=jnp.dtype(dtype),
         stored_dtype=stored_dtype(jnp.dtype(dtype), "cpu"),
         stacked=False,
+        products=Products.CPU,
         slots=SLOTS,
         block_size=4,
         table_entries=1000,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from loongjax.cluster.mesh import GroupMeshes, device_grid
+from loongjax.models.products import Products
 from loongjax.programs import key
 from loongjax.programs import library as library_module
 from loongjax.programs.build import ProgramShapes
@@ -24,6 +25,7 @@ SHAPES = ProgramShapes(
     dtype=jnp.dtype("float32"),
     stored_dtype=jnp.dtype("float32"),
     stacked=False,
+    products=Products.CPU,
     slots=64,
     block_size=4,
     table_entries=80,
