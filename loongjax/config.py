@@ -6,6 +6,7 @@ known without the model or the devices is checked where they are (`loongjax.api.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -96,6 +97,11 @@ class EngineConfig:
         CPU, bfloat16 elsewhere.
       program_dir: Folder of compiled programs, which makes later starts fast. Loading one
         runs code, so nobody else may be able to write there. None: a folder of this user.
+      trusted_program_dir: A program library made elsewhere, which is read too, whoever owns
+        it: whoever can write there can run code here. Never written to.
+      warm_up: Make all programs before the first request: minutes the first time, and then no
+        request waits for a compilation. False: each is made when a step first needs it.
+      strict_programs: Fail a step whose program warm-up did not make, instead of compiling it.
     """
 
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -104,6 +110,9 @@ class EngineConfig:
     max_chunk_tokens: int = 2048
     dtype: Dtype | None = None
     program_dir: Path | None = None
+    trusted_program_dir: Path | None = None
+    warm_up: bool = False
+    strict_programs: bool = False
 
     def __post_init__(self) -> None:
         if self.max_model_len is not None and self.max_model_len < 2:
@@ -112,8 +121,43 @@ class EngineConfig:
                 f"{self.max_model_len}"
             )
         _at_least_one("max_chunk_tokens", self.max_chunk_tokens)
+        if self.strict_programs and not self.warm_up:
+            raise ConfigError("strict_programs needs warm_up: no program would ever be made")
         if self.dtype is not None and self.dtype not in _DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(_DTYPES)}, not {self.dtype!r}")
+
+
+def engine_config(
+    *,
+    instances: int = 1,
+    tensor_parallel: int = 1,
+    degrees: Sequence[int] | None = None,
+    block_size: int = 16,
+    pool_slots: int | None = None,
+    max_model_len: int | None = None,
+    dtype: Dtype | None = None,
+    program_dir: str | Path | None = None,
+    trust_library: str | Path | None = None,
+    warm_up: bool = False,
+) -> EngineConfig:
+    """The configuration for the arguments of `loongjax.LLM`, which the commands share."""
+    return EngineConfig(
+        cluster=ClusterConfig(
+            instances=instances,
+            tensor_parallel=tensor_parallel,
+            degrees=None if degrees is None else tuple(degrees),
+        ),
+        pool=PoolConfig(block_size=block_size, slots=pool_slots),
+        max_model_len=max_model_len,
+        dtype=dtype,
+        program_dir=_folder(program_dir),
+        trusted_program_dir=_folder(trust_library),
+        warm_up=warm_up,
+    )
+
+
+def _folder(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path).expanduser()
 
 
 def _at_least_one(name: str, value: int) -> None:

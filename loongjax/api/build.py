@@ -7,8 +7,9 @@ know how many devices to emulate before it starts.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from loongjax.api.progress import progress_bar
 from loongjax.config import EngineConfig
 from loongjax.engine import Engine
 from loongjax.errors import ConfigError
@@ -19,6 +20,9 @@ from loongjax.models.resolve import ResolvedModel, resolve
 from loongjax.plan import Topology
 from loongjax.scheduler.policies.first_come import FirstCome
 from loongjax.text import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from loongjax.executor.create import ExecutorPlan
 
 
 @runtime_checkable
@@ -52,6 +56,7 @@ def build_engine(model: str, config: EngineConfig) -> BuiltEngine:
       ModelError: The model cannot be found or read.
       ConfigError: The configuration does not fit the model or the devices.
       BackendStartedError: jax runs already, with too few devices.
+      StepError: Warm-up failed.
     """
     resolved = resolve(model)
     _check_max_model_len(config, resolved.config)
@@ -82,13 +87,37 @@ def build_engine(model: str, config: EngineConfig) -> BuiltEngine:
     return BuiltEngine(engine=engine, model=resolved.config, tokenizer=tokenizer)
 
 
+def plan_engine(model: str, config: EngineConfig) -> tuple[ModelConfig, ExecutorPlan]:
+    """What `build_engine` would build, without weights, pool and programs.
+
+    Raises as `build_engine`.
+    """
+    resolved = resolve(model)
+    _check_max_model_len(config, resolved.config)
+    from loongjax.cluster.emulation import prepare_devices
+
+    prepare_devices(config.cluster.devices)
+    from loongjax.executor.create import plan_executor
+
+    return resolved.config, plan_executor(resolved.config, config)
+
+
 def _create_executor(resolved: ResolvedModel, config: EngineConfig) -> DeviceExecutor:
     from loongjax.cluster.emulation import prepare_devices
 
     prepare_devices(config.cluster.devices)
     from loongjax.executor.create import create_executor
+    from loongjax.executor.warm_up import warm_up
 
-    return create_executor(resolved.config, resolved.source, config)
+    executor = create_executor(resolved.config, resolved.source, config)
+    if config.warm_up:
+        try:
+            with progress_bar("warm-up") as on_progress:
+                warm_up(executor, on_progress)
+        except BaseException:
+            executor.close()
+            raise
+    return executor
 
 
 def _check_max_model_len(config: EngineConfig, model: ModelConfig) -> None:

@@ -23,7 +23,7 @@ from loongjax.api.prompts import (
     need_tokenizer,
     params_for_each,
 )
-from loongjax.config import ClusterConfig, Dtype, EngineConfig, PoolConfig
+from loongjax.config import Dtype, engine_config
 from loongjax.engine import (
     Engine,
     EngineStats,
@@ -66,6 +66,8 @@ class LLM:
         max_model_len: int | None = None,
         dtype: Dtype | None = None,
         program_dir: str | Path | None = None,
+        trust_library: str | Path | None = None,
+        warm_up: bool = False,
     ) -> None:
         """Loads a model and starts to serve it; may take minutes the first time.
 
@@ -80,23 +82,28 @@ class LLM:
             the pool allow.
           dtype: `float32` or `bfloat16`; None: float32 on CPU, bfloat16 elsewhere.
           program_dir: Folder of compiled programs; None: a folder of this user.
+          trust_library: A folder of programs compiled elsewhere, to be read too, whoever owns
+            it: whoever can write there can run code here.
+          warm_up: Make all programs now, so that no request waits for a compilation; with a
+            progress bar if stderr is a terminal.
             `loongjax.config` says what each of these costs.
 
         Raises:
-          ConfigError, ModelError, BackendStartedError: See `loongjax.errors`.
+          ConfigError, ModelError, BackendStartedError, StepError: See `loongjax.errors`.
         """
         from loongjax.api.build import build_engine
 
-        config = EngineConfig(
-            cluster=ClusterConfig(
-                instances=instances,
-                tensor_parallel=tensor_parallel,
-                degrees=None if degrees is None else tuple(degrees),
-            ),
-            pool=PoolConfig(block_size=block_size, slots=pool_slots),
+        config = engine_config(
+            instances=instances,
+            tensor_parallel=tensor_parallel,
+            degrees=degrees,
+            block_size=block_size,
+            pool_slots=pool_slots,
             max_model_len=max_model_len,
             dtype=dtype,
-            program_dir=None if program_dir is None else Path(program_dir).expanduser(),
+            program_dir=program_dir,
+            trust_library=trust_library,
+            warm_up=warm_up,
         )
         built = build_engine(str(model), config)
         self._own(built.engine, built.tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -32,6 +33,11 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_engine_options(parser)
+    parser.add_argument(
+        "--warm-up",
+        action="store_true",
+        help="make all programs first, not only those that this prompt needs",
+    )
     prompt = parser.add_argument_group("prompt (one of)").add_mutually_exclusive_group(
         required=True
     )
@@ -63,7 +69,7 @@ def run(options: argparse.Namespace) -> None:
         ignore_eos=options.ignore_eos,
     )
     prompt = read_prompt(options)
-    with LLM(options.model, **llm_arguments(options)) as llm:
+    with LLM(options.model, **llm_arguments(options), warm_up=options.warm_up) as llm:
         if options.chat:
             if not isinstance(prompt, str):
                 raise RequestError("--chat needs a text; token ids are taken as they are")
@@ -121,11 +127,7 @@ def describe(llm: LLM, output: RequestOutput) -> dict[str, Any]:
             }
             for run in output.steps
         ],
-        "programs": {
-            "compiled": stats.programs.compiled,
-            "loaded": stats.programs.loaded,
-            "rebound": stats.programs.rebound,
-        },
+        "programs": dataclasses.asdict(stats.programs),
         "ttft_s": output.ttft_s,
         "decode_tokens_per_s": output.decode_tokens_per_s,
         "pool": {

@@ -57,6 +57,17 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "bfloat16"),
         help="of weights, KV and activations (default: float32 on CPU, else bfloat16)",
     )
+    group.add_argument(
+        "--program-dir",
+        metavar="DIR",
+        help="folder of compiled programs, yours alone (default: in ~/.cache/loongjax)",
+    )
+    group.add_argument(
+        "--trust-library",
+        metavar="DIR",
+        help="also read programs compiled elsewhere from DIR, whoever owns it; whoever can "
+        "write there can run code here",
+    )
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:
@@ -90,4 +101,6 @@ def llm_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "pool_slots": options.pool_slots,
         "max_model_len": options.max_model_len,
         "dtype": options.dtype,
+        "program_dir": options.program_dir,
+        "trust_library": options.trust_library,
     }

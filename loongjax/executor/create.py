@@ -3,75 +3,147 @@
 from __future__ import annotations
 
 import logging
+import math
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from loongjax.cluster.mesh import device_grid
+from loongjax.cluster.mesh import DeviceGrid, GroupMeshes, device_grid
 from loongjax.cluster.topology import default_topology
 from loongjax.config import EngineConfig
 from loongjax.executor.jax_executor import JaxExecutor
-from loongjax.executor.memory import default_slots
-from loongjax.executor.protocol import ExecutorLimits
+from loongjax.executor.memory import (
+    QUANTUM,
+    MemoryPlan,
+    Room,
+    free_bytes,
+    given_slots,
+    wanted_on_cpu,
+)
+from loongjax.executor.sizing import size_pool
 from loongjax.kvcache.pool import stored_dtype
 from loongjax.kvcache.tables import BlockTable
 from loongjax.models.config import ModelConfig
 from loongjax.models.placement import place_weights, stacks_layers
 from loongjax.models.products import products_for
-from loongjax.models.weights import WeightSource
-from loongjax.programs.buckets import chunk_bucket
+from loongjax.models.weights import WeightSource, weight_leaves
 from loongjax.programs.build import ProgramShapes
-from loongjax.programs.store import ProgramStore, default_folder
+from loongjax.programs.catalogue import Catalogue, compiled_per_group
+from loongjax.programs.folder import default_folder
+from loongjax.programs.guard import CompileGuard
+from loongjax.programs.store import ProgramStore
 from pallas_kernels.paged_attention import chunk_entries
 
 _log = logging.getLogger(__name__)
 _MAX_ROWS = 32
+_TABLE_ROW_BYTES = 12
 
 
-def create_executor(model: ModelConfig, source: WeightSource, config: EngineConfig) -> JaxExecutor:
-    """Places the weights and makes the pool.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExecutorPlan:
+    """An executor as it would be made: everything but the weights, the pool and programs."""
 
-    Raises ConfigError where devices, heads or memory do not fit what was asked for, and
-    ModelError where the source cannot be read.
+    grid: DeviceGrid
+    shapes: ProgramShapes
+    catalogue: Catalogue
+    memory: MemoryPlan
+    store: ProgramStore
+
+
+def plan_executor(model: ModelConfig, config: EngineConfig) -> ExecutorPlan:
+    """Decides all sizes. On accelerators the first time takes two compilations.
+
+    Raises ConfigError where devices, heads or memory do not fit what was asked for.
     """
-    cluster = config.cluster
+    cluster, pool = config.cluster, config.pool
     platform = jax.default_backend()
     topology = default_topology(platform, cluster.instances, cluster.degrees)
     grid = device_grid(cluster.instances, cluster.tensor_parallel)
     dtype = jnp.dtype(config.dtype or ("float32" if platform == "cpu" else "bfloat16"))
-    stacked = stacks_layers(platform)
-    weights = place_weights(model, source, grid, dtype, stacked=stacked)
     max_model_len = config.max_model_len or model.max_positions
-    slots = config.pool.slots or default_slots(
-        list(grid[0]),
-        instances=cluster.instances,
-        bytes_per_token=model.kv_bytes_per_token(dtype.itemsize) // cluster.tensor_parallel,
-        max_model_len=max_model_len,
+    chunk_tokens = min(config.max_chunk_tokens, max_model_len)
+    catalogue = Catalogue(
+        topology,
+        max_chunk_tokens=chunk_tokens,
+        max_rows=_MAX_ROWS,
+        placed=compiled_per_group(platform),
     )
-    block_size = config.pool.block_size
-    chunk_tokens = chunk_bucket(min(config.max_chunk_tokens, max_model_len))
+    if catalogue.max_chunk_tokens != chunk_tokens:
+        _log.info(
+            "chunks of %d tokens are rounded up to %d, a compiled size",
+            *(chunk_tokens, catalogue.max_chunk_tokens),
+        )
     shapes = ProgramShapes(
         config=model,
         tp=cluster.tensor_parallel,
         dtype=dtype,
         stored_dtype=stored_dtype(dtype, platform),
-        stacked=stacked,
+        stacked=stacks_layers(platform),
         products=products_for(platform),
-        slots=slots,
-        block_size=block_size,
-        # Attention reads entries in chunks, and so beyond the end of the last region.
-        table_entries=BlockTable.required_capacity(slots // block_size) + chunk_entries(block_size),
+        slots=QUANTUM,
+        block_size=pool.block_size,
+        table_entries=_table_entries(QUANTUM, pool.block_size),
     )
+    store = ProgramStore(config.program_dir or default_folder(), config.trusted_program_dir)
+    room = _room(shapes, grid, max_model_len)
+    memory = (
+        size_pool(room, shapes, catalogue, GroupMeshes(grid), store)
+        if pool.slots is None
+        else given_slots(room, pool.slots)
+    )
+    slots = memory.slots
+    return ExecutorPlan(
+        grid=grid,
+        shapes=replace(shapes, slots=slots, table_entries=_table_entries(slots, pool.block_size)),
+        catalogue=catalogue,
+        memory=memory,
+        store=store,
+    )
+
+
+def create_executor(model: ModelConfig, source: WeightSource, config: EngineConfig) -> JaxExecutor:
+    """Places the weights and makes the pool.
+
+    Raises ConfigError as `plan_executor`, and ModelError where the source cannot be read.
+    """
+    plan = plan_executor(model, config)
+    shapes, catalogue = plan.shapes, plan.catalogue
     _log.info(
-        "%d instances of %d %s device(s), %d KV slots each, %s, degrees %s, chunks of %d tokens",
-        *(cluster.instances, cluster.tensor_parallel, platform, slots, dtype, topology.degrees),
-        chunk_tokens,
+        "%d instances of %d %s device(s), %d KV slots each (%s), %s, degrees %s, %d programs",
+        *(len(plan.grid), shapes.tp, plan.grid[0][0].platform, shapes.slots, plan.memory.origin),
+        *(shapes.dtype, catalogue.topology.degrees, len(catalogue.specs)),
     )
+    weights = place_weights(model, source, plan.grid, shapes.dtype, stacked=shapes.stacked)
     return JaxExecutor(
         weights=weights,
         shapes=shapes,
-        grid=grid,
-        topology=topology,
-        limits=ExecutorLimits(max_chunk_tokens=chunk_tokens, max_rows=_MAX_ROWS),
-        store=ProgramStore(config.program_dir or default_folder()),
+        grid=plan.grid,
+        catalogue=catalogue,
+        store=plan.store,
+        guard=CompileGuard(strict=config.strict_programs),
+    )
+
+
+def _table_entries(slots: int, block_size: int) -> int:
+    """Attention reads entries in chunks, and so beyond the end of the last region."""
+    return BlockTable.required_capacity(slots // block_size) + chunk_entries(block_size)
+
+
+def _room(shapes: ProgramShapes, grid: DeviceGrid, max_model_len: int) -> Room:
+    """The memory of one device, the fullest."""
+    devices = [device for row in grid for device in row]
+    on_cpu = devices[0].platform == "cpu"
+    leaves = jax.tree.leaves(weight_leaves(shapes.config, shapes.tp, stacked=shapes.stacked))
+    elements = sum(math.prod(leaf.shard_shape(shapes.tp)) for leaf in leaves)
+    weight_bytes = elements * shapes.dtype.itemsize
+    kv_bytes = shapes.config.kv_bytes_per_token(np.dtype(shapes.stored_dtype).itemsize)
+    table_bytes = _TABLE_ROW_BYTES * BlockTable.required_capacity(1)
+    return Room(
+        available_bytes=min(free_bytes(device, len(devices)) for device in devices),
+        # Emulated devices share one copy (`loongjax.models.placement`).
+        weight_bytes=weight_bytes // len(grid) if on_cpu else weight_bytes,
+        slot_bytes=kv_bytes // shapes.tp + -(-table_bytes // shapes.block_size),
+        wanted=wanted_on_cpu(len(grid), max_model_len) if on_cpu else None,
     )

@@ -49,9 +49,10 @@ from loongjax.plan import (
     StepResult,
     Topology,
 )
-from loongjax.programs.buckets import MIGRATE_TOKENS, chunk_bucket, row_bucket
 from loongjax.programs.build import META_SPEC, TOKEN_SPEC, ProgramShapes
+from loongjax.programs.catalogue import Catalogue
 from loongjax.programs.counts import ProgramCounts
+from loongjax.programs.guard import CompileGuard
 from loongjax.programs.library import ProgramLibrary
 from loongjax.programs.spec import ProgramSpec
 from loongjax.programs.store import ProgramStore
@@ -88,19 +89,20 @@ class JaxExecutor:
         weights: PlacedWeights,
         shapes: ProgramShapes,
         grid: DeviceGrid,
-        topology: Topology,
-        limits: ExecutorLimits,
+        catalogue: Catalogue,
         store: ProgramStore | None,
+        guard: CompileGuard | None = None,
     ) -> None:
         """`grid` are the devices that hold `weights`, `[instance][tp rank]`; `store` None
-        keeps compiled programs in memory only.
+        keeps compiled programs in memory only; `guard` None compiles whenever it must.
         """
-        self.topology = topology
-        self._limits = limits
+        self.catalogue = catalogue
+        self._limits = ExecutorLimits(
+            max_chunk_tokens=catalogue.max_chunk_tokens, max_rows=catalogue.max_rows
+        )
         self._shapes = shapes
-        self._rebindable = grid[0][0].platform != "tpu"
         self.memory = DeviceMemory(weights, shapes, grid)
-        self.programs = ProgramLibrary(shapes, self.memory.meshes, store)
+        self.programs = ProgramLibrary(shapes, self.memory.meshes, store, guard)
         self._tables = [self._new_table() for _ in grid]
         self._logs: dict[RequestId, TokenLog] = {}
         self._outputs: dict[Group, _Output] = {}  # of each group's last decode step
@@ -114,6 +116,11 @@ class JaxExecutor:
         ]
         for waiter in self._waiters:
             waiter.start()
+
+    @property
+    def topology(self) -> Topology:
+        """The groups that it can run."""
+        return self.catalogue.topology
 
     @property
     def limits(self) -> ExecutorLimits:
@@ -142,8 +149,9 @@ class JaxExecutor:
         """Launches a step. Compiles its program first if nobody needed it before."""
         self._groups[step.seq] = step.group
         try:
-            program = self.programs.get(self.spec_for(step), step.group)
-            self._launched.put(self._launch(program, step, slots))
+            with self.programs.guard.watch(f"step {step.seq}"):
+                program = self.programs.get(self.spec_for(step), step.group)
+                self._launched.put(self._launch(program, step, slots))
         except Exception as error:
             _log.exception("step %d failed to start", step.seq)
             self._results.put(self._failure(step, error, self.now()))
@@ -187,30 +195,16 @@ class JaxExecutor:
 
     def spec_for(self, step: Step) -> ProgramSpec:
         """The program that a step needs."""
-        degree = len(step.group)
-        placement = None if self._rebindable else step.group
         if isinstance(step, MigrateStep):
-            return ProgramSpec(
-                kind="migrate",
-                degree=degree,
-                bucket=MIGRATE_TOKENS,
-                rows=1,
-                placement=placement,
-            )
-        if isinstance(step, PrefillStep):
-            local = sum(stripe_tokens(chunk.length, degree) for chunk in step.chunks)
-            extends = any(chunk.start for chunk in step.chunks)
-            return ProgramSpec(
-                kind="extend" if extends else "prefill",
-                degree=degree,
-                bucket=chunk_bucket(local),
-                rows=self._limits.max_rows,
-                placement=placement,
-            )
-        rows = row_bucket(max(Counter(row.master for row in step.rows).values()))
-        return ProgramSpec(
-            kind="decode", degree=degree, bucket=rows, rows=rows, placement=placement
-        )
+            return self.catalogue.migrate(step.group)
+        if isinstance(step, DecodeStep):
+            fullest = max(Counter(row.master for row in step.rows).values(), default=0)
+            return self.catalogue.decode(step.group, fullest)
+        if any(chunk.start for chunk in step.chunks):
+            return self.catalogue.extend(step.group)
+        degree = len(step.group)
+        tokens = sum(stripe_tokens(chunk.length, degree) for chunk in step.chunks)
+        return self.catalogue.prefill(step.group, tokens)
 
     # ---- a step's way to the devices and back ----------------------------------------
 

@@ -13,8 +13,16 @@ class ProgramCounts:
       compiled: Here, in this process.
       loaded: From disk.
       rebound: To another group, from one that was compiled or loaded.
+      compile_s, load_s, rebind_s: What each of these took in all [s]; tracing is part of
+        compiling, reading and checking the file of loading.
+      compiled_after_warm_up: Compilations of any kind, jax's own small ones too, that a step
+        waited for after warm-up had made everything; 0 without warm-up.
     """
 
     compiled: int = 0
     loaded: int = 0
     rebound: int = 0
+    compile_s: float = 0.0
+    load_s: float = 0.0
+    rebind_s: float = 0.0
+    compiled_after_warm_up: int = 0

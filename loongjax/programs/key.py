@@ -9,36 +9,61 @@ import platform
 from functools import cache
 from pathlib import Path
 
+import flax
 import jax
 import jaxlib
 
 from loongjax.programs.build import ProgramShapes
 from loongjax.programs.spec import ProgramSpec
 
+_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+_JAX_CONFIG = (
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_enable_x64",
+    "jax_threefry_partitionable",
+)
 _SOURCE_FOLDERS = ("esp", "models", "programs", "kvcache", "sampling", "cluster")
 
 
 def program_key(spec: ProgramSpec, shapes: ProgramShapes) -> dict[str, object]:
     """What a program's compiled form depends on, ready for JSON."""
-    device = jax.devices()[0]
     return {
         "name": spec.name,
         "spec": dataclasses.asdict(spec),
-        "model": dataclasses.asdict(shapes.config),
+        **shapes_key(shapes),
+        **platform_key(),
+    }
+
+
+def shapes_key(shapes: ProgramShapes) -> dict[str, object]:
+    """What all programs of an engine have in common."""
+    model = dataclasses.asdict(shapes.config)
+    del model["bos_id"], model["eos_ids"]  # no program knows them
+    return {
+        "model": model,
         "shapes": {
             field.name: str(getattr(shapes, field.name))
             for field in dataclasses.fields(shapes)
             if field.name != "config"
         },
+    }
+
+
+def platform_key() -> dict[str, object]:
+    """What compiles, and what it compiles for."""
+    device = jax.devices()[0]
+    return {
         "source": source_digest(),
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,
+        "flax": flax.__version__,
         "platform": device.platform,
         "platform_version": device.client.platform_version,
         "device_kind": device.device_kind,
         "cpu_features": cpu_features_digest() if device.platform == "cpu" else "",
-        "flags": os.environ.get("XLA_FLAGS", ""),
-        "matmul_precision": str(jax.config.jax_default_matmul_precision),
+        "flags": {name: os.environ.get(name, "") for name in _FLAGS},
+        "jax_config": {name: str(getattr(jax.config, name)) for name in _JAX_CONFIG},
     }
 
 
@@ -58,9 +83,12 @@ def source_digest() -> str:
 
 @cache
 def cpu_features_digest() -> str:
-    """Digest of the instruction sets of this CPU; code for another may not run."""
+    """Digest of this CPU's instruction sets, without which code may not run, and of how many
+    CPUs this process may use, for which the compiler cuts its loops.
+    """
     info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return platform.processor() or platform.machine()
-    flags = next((line for line in info.read_text().splitlines() if line.startswith("flags")), "")
-    return hashlib.sha256(flags.encode()).hexdigest()[:16]
+    lines = info.read_text().splitlines() if info.exists() else [platform.processor()]
+    features = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    text = f"{platform.machine()} {features or lines[0]} {cpus}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -18,6 +18,7 @@ from loongjax.cluster.mesh import GroupMeshes
 from loongjax.plan import Group
 from loongjax.programs.build import ProgramShapes, argument_shapes, lower
 from loongjax.programs.counts import ProgramCounts
+from loongjax.programs.guard import CompileGuard
 from loongjax.programs.key import program_key
 from loongjax.programs.rebind import from_bytes, to_bytes
 from loongjax.programs.spec import ProgramSpec
@@ -27,21 +28,39 @@ _log = logging.getLogger(__name__)
 
 
 class ProgramLibrary:
-    """All programs of one engine. Not thread-safe: the executor's thread owns it."""
+    """All programs of one engine. Not thread-safe: the executor's thread owns it.
+
+    Attributes:
+      shapes: What its programs have in common.
+      guard: Told of warm-up's end, it counts or refuses what is compiled from then on.
+    """
 
     def __init__(
-        self, shapes: ProgramShapes, meshes: GroupMeshes, store: ProgramStore | None
+        self,
+        shapes: ProgramShapes,
+        meshes: GroupMeshes,
+        store: ProgramStore | None,
+        guard: CompileGuard | None = None,
     ) -> None:
         """`store` None keeps programs in memory only."""
         self.shapes = shapes
-        self.counts = ProgramCounts()
+        self.guard = guard or CompileGuard()
+        self._counts = ProgramCounts()
         self._meshes = meshes
         self._store = store
         self._serialized: dict[ProgramSpec, StoredProgram] = {}
         self._bound: dict[tuple[ProgramSpec, Group], jax.stages.Compiled] = {}
 
+    @property
+    def counts(self) -> ProgramCounts:
+        """How its programs came to be, so far. Any thread may ask."""
+        return replace(self._counts, compiled_after_warm_up=self.guard.compiled)
+
     def get(self, spec: ProgramSpec, group: Group) -> jax.stages.Compiled:
-        """The program of a spec, bound to a group's devices."""
+        """The program of a spec, bound to a group's devices.
+
+        Raises StepError where the guard forbids to compile it.
+        """
         program = self._bound.get((spec, group))
         if program is None:
             program = self._make(spec, group)
@@ -55,39 +74,83 @@ class ProgramLibrary:
 
     def _make(self, spec: ProgramSpec, group: Group) -> jax.stages.Compiled:
         mesh = self._meshes[group]
+        return self._rebind(spec, mesh) or self._load(spec, mesh) or self._compile(spec, mesh)
+
+    def _rebind(self, spec: ProgramSpec, mesh: Mesh) -> jax.stages.Compiled | None:
         stored = self._serialized.get(spec)
-        if stored is not None:
-            self.counts = replace(self.counts, rebound=self.counts.rebound + 1)
-            return self._bind(spec, stored, mesh)
-        key = program_key(spec, self.shapes)
-        stored = self._store.load(key) if self._store else None
-        if stored is not None:
-            self.counts = replace(self.counts, loaded=self.counts.loaded + 1)
-            self._serialized[spec] = stored
-            return self._bind(spec, stored, mesh)
-        _log.info("compiling %s, once for all groups of its degree", spec.name)
+        if stored is None:
+            return None
         started = time.monotonic()
-        program = lower(spec, self.shapes, mesh).compile()
-        self.counts = replace(self.counts, compiled=self.counts.compiled + 1)
-        _log.info("compiled %s in %.1f s", spec.name, time.monotonic() - started)
-        stored = StoredProgram(data=to_bytes(program), compiled_for=_ids(mesh))
-        self._serialized[spec] = stored
+        program = self._bind(spec, stored, mesh)
+        if program is not None:
+            self._count(rebound=1, rebind_s=time.monotonic() - started)
+        return program
+
+    def _load(self, spec: ProgramSpec, mesh: Mesh) -> jax.stages.Compiled | None:
+        if self._store is None:
+            return None
+        started = time.monotonic()
+        stored = self._store.load(program_key(spec, self.shapes), devices=mesh.devices.size)
+        program = None if stored is None else self._bind(spec, stored, mesh)
+        if stored is not None and program is not None:
+            self._serialized[spec] = stored
+            self._count(loaded=1, load_s=time.monotonic() - started)
+        return program
+
+    def _compile(self, spec: ProgramSpec, mesh: Mesh) -> jax.stages.Compiled:
+        self.guard.refuse(spec.name)
+        _log.info("compiling %s", spec.name)
+        started = time.monotonic()
+        with self.guard.watch(spec.name):
+            program = lower(spec, self.shapes, mesh).compile()
+        seconds = time.monotonic() - started
+        self._count(compiled=1, compile_s=seconds)
+        _log.info("compiled %s in %.1f s", spec.name, seconds)
+        self._serialized[spec] = stored = serialize(program, mesh)
         if self._store:
             try:
-                self._store.save(key, stored)
+                self._store.save(program_key(spec, self.shapes), stored)
             except OSError as error:  # the program runs all the same; the next start compiles
                 _log.warning("could not keep compiled program %s: %s", spec.name, error)
         return program
 
-    def _bind(self, spec: ProgramSpec, stored: StoredProgram, mesh: Mesh) -> jax.stages.Compiled:
+    def _bind(
+        self, spec: ProgramSpec, stored: StoredProgram, mesh: Mesh
+    ) -> jax.stages.Compiled | None:
+        """A serialized program on the devices of a mesh; None, with a word in the log, if it
+        cannot be used there.
+        """
+        devices = list(mesh.devices.flat)
+        if spec.placement is not None and stored.compiled_for != _ids(mesh):
+            _log.warning("not using %s: it is for devices %s", spec.name, stored.compiled_for)
+            return None
         arguments = argument_shapes(spec, self.shapes, mesh)
-        return from_bytes(
-            stored.data,
-            compiled_for=stored.compiled_for,
-            devices=list(mesh.devices.flat),
-            in_tree=jax.tree.structure((arguments, {})),
-            out_tree=jax.tree.structure((self.shapes.pool_shapes(spec.degree), 0)),
-        )
+        try:
+            return from_bytes(
+                stored.data,
+                compiled_for=stored.compiled_for,
+                devices=devices,
+                in_tree=jax.tree.structure((arguments, {})),
+                out_tree=jax.tree.structure((self.shapes.pool_shapes(spec.degree), 0)),
+            )
+        except Exception as error:  # bytes from a disk, read by whatever jax is installed
+            _log.warning("not using stored program %s: %s", spec.name, error)
+            return None
+
+    def _count(self, **more: int | float) -> None:
+        fields = {name: getattr(self._counts, name) + value for name, value in more.items()}
+        self._counts = replace(self._counts, **fields)
+
+
+def serialize(program: jax.stages.Compiled, mesh: Mesh) -> StoredProgram:
+    """A program that was compiled for a mesh, and the memory that it says it takes."""
+    memory = program.memory_analysis()
+    return StoredProgram(
+        data=to_bytes(program),
+        compiled_for=_ids(mesh),
+        temporary_bytes=getattr(memory, "temp_size_in_bytes", None),
+        code_bytes=getattr(memory, "generated_code_size_in_bytes", None),
+    )
 
 
 def _ids(mesh: Mesh) -> tuple[int, ...]:

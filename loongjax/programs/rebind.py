@@ -6,8 +6,9 @@ maps the old devices to new ones, and the executable is loaded with compile opti
 for them: milliseconds instead of a compilation. Only for platforms whose compiled code does
 not depend on which devices it runs on (CPU and GPU, not TPU).
 
-Loading runs code that the bytes contain: give it only bytes from a trusted folder
-(`loongjax.programs.store` checks that).
+The unpickler knows the few classes that a serialized program consists of and refuses all
+others, so that a pickle cannot call what it likes. But the program itself is machine code:
+give this only bytes from a folder that is trusted (`loongjax.programs.folder` checks that).
 """
 
 from __future__ import annotations
@@ -30,6 +31,25 @@ def to_bytes(program: jax.stages.Compiled) -> bytes:
     return serialize_executable.serialize(program)[0]
 
 
+# What jax puts into a serialized program. A name that another version of jax adds is refused:
+# the program is compiled then, and the log says why.
+_KNOWN = {
+    "jax": {"P", "NamedSharding"},
+    "jax._src.core": {"ManualAxisType", "MemorySpace", "ShapedArray"},
+    "jax._src.interpreters.pxla": {"AllArgsInfo", "UnloadedMeshExecutable"},
+    "jax._src.layout": {"AutoLayout", "Format", "Layout"},
+    "jax._src.linear_util": {"DebugInfo"},
+    "jax._src.mesh": {"AbstractDevice", "AbstractMesh", "AxisType", "Mesh"},
+    "jax._src.named_sharding": {"NamedSharding", "_unpickle_named_sharding"},
+    "jax._src.partition_spec": {"PartitionSpec"},
+    "jax._src.stages": {"ArgInfo"},
+    "jaxlib._jax": {"DeviceList"},
+    "ml_dtypes": {"bfloat16"},
+    "numpy": {"dtype", "ndarray"},
+    "numpy._core.multiarray": {"_reconstruct"},
+}
+
+
 class _Rebinder(pickle.Unpickler):
     """Reads a serialized program as if it had been compiled for `devices`."""
 
@@ -37,6 +57,11 @@ class _Rebinder(pickle.Unpickler):
         super().__init__(io.BytesIO(data))
         self._devices = tuple(devices)
         self._by_old_id = dict(zip(compiled_for, devices, strict=True))
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _KNOWN.get(module, ()):
+            raise pickle.UnpicklingError(f"{module}.{name} has no place in a compiled program")
+        return super().find_class(module, name)
 
     def persistent_load(self, pid: tuple) -> Any:
         match pid:
@@ -71,6 +96,9 @@ def from_bytes(
 
     `compiled_for` are the ids of the devices that it was compiled for, in mesh order;
     `in_tree` is that of `(args, kwargs)`.
+
+    Raises pickle.UnpicklingError for bytes that name anything but the parts of a program, and
+    whatever jax raises for a program that it cannot load.
     """
     unloaded, args_info, no_kwargs = _Rebinder(data, compiled_for, devices).load()
     return jax.stages.Compiled(

@@ -32,7 +32,8 @@ class ProgramSpec:
     @property
     def name(self) -> str:
         """A short readable name."""
-        return f"{self.kind}-d{self.degree}-t{self.bucket}-r{self.rows}"
+        place = "" if self.placement is None else "-on-" + "-".join(map(str, self.placement))
+        return f"{self.kind}-d{self.degree}-t{self.bucket}-r{self.rows}{place}"
 
     @property
     def layout(self) -> MetaLayout:

@@ -1,9 +1,14 @@
 """Compiled programs on disk: one file each, named by the digest of its whole key.
 
-A file is one line of JSON (what it is, the digest of the rest, for which devices) and the
-serialized program. Loading a program runs code, so a folder or file that others can write, or
-that belongs to somebody else, is refused; a file that is damaged or of another key is not
-used, and the log says so.
+A file is three parts: a line with the format and the SHA-256 of all that follows; a line of
+JSON, the header: the whole key (platform, versions, CPU features and so on), the devices that
+the program was compiled for, and the memory that it takes; and the serialized program. All
+of it is checked before a byte of the program is looked at. What is damaged, of another key,
+for another number of devices, or could have been written by somebody else is not used, and
+the log says so.
+
+The digest finds damage, not malice: who can write the file can write the digest. Against
+that there is `ProgramFolder`.
 """
 
 from __future__ import annotations
@@ -11,94 +16,125 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import stat
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from loongjax.errors import ConfigError
+from loongjax.programs.folder import ProgramFolder
 
-_FORMAT = "loongjax-program-1"
+_FORMAT = b"loongjax-program-2"
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredProgram:
-    """A serialized program, and the ids of the devices it was compiled for."""
+    """A serialized program.
+
+    Attributes:
+      data: As `loongjax.programs.rebind` makes it.
+      compiled_for: The ids of the devices that it was compiled for, in mesh order.
+      temporary_bytes: What it takes on each device while it runs; None where jax cannot say.
+      code_bytes: What its code takes on each device; None likewise.
+    """
 
     data: bytes
     compiled_for: tuple[int, ...]
-
-
-def default_folder() -> Path:
-    """The user's own folder for compiled programs."""
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "loongjax" / "programs"
+    temporary_bytes: int | None = None
+    code_bytes: int | None = None
 
 
 class ProgramStore:
-    """Programs in one folder."""
+    """Programs in the user's own folder and, if there is one, in a trusted library."""
 
-    def __init__(self, folder: Path) -> None:
-        """Makes the folder if need be. Raises ConfigError if others could write to it."""
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _check_private(folder)
-        self._folder = folder
+    def __init__(self, folder: Path, trusted: Path | None = None) -> None:
+        """`trusted` is only read. Raises ConfigError as `ProgramFolder`."""
+        self.folder = ProgramFolder(folder)
+        self.trusted = None if trusted is None else ProgramFolder(trusted, trusted=True)
 
-    def load(self, key: Mapping[str, object]) -> StoredProgram | None:
-        """The program of a key, or None if there is none that can be used."""
-        path = self._path(key)
-        if not path.exists():
-            return None
-        try:
-            _check_private(path)
-            header_line, data = path.read_bytes().split(b"\n", 1)
-            header = json.loads(header_line)
-            if header["format"] != _FORMAT or header["key"] != _plain(key):
-                raise ValueError("it was made for something else")
-            if header["sha256"] != hashlib.sha256(data).hexdigest():
-                raise ValueError("its content is damaged")
-            return StoredProgram(data=data, compiled_for=tuple(header["compiled_for"]))
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            _log.warning("not using compiled program %s: %s", path, error)
-            return None
+    def load(self, key: Mapping[str, object], devices: int) -> StoredProgram | None:
+        """The program of a key, for so many devices; None if there is none that can be used."""
+        for folder in (self.folder, self.trusted):
+            if folder is None:
+                continue
+            name = _file_name(key)
+            try:
+                content = folder.read(name)
+                if content is not None:
+                    return _parse(content, key, devices)
+            except (ValueError, KeyError, TypeError, OSError) as error:
+                _log.warning("not using compiled program %s: %s", folder.path / name, error)
+        return None
 
     def save(self, key: Mapping[str, object], program: StoredProgram) -> None:
-        """Writes a program; readers see the old file or the new one, never half of it."""
+        """Writes a program into the user's folder. Raises OSError where that fails."""
         header = {
-            "format": _FORMAT,
-            "key": _plain(key),
-            "sha256": hashlib.sha256(program.data).hexdigest(),
+            "key": plain(key),
             "compiled_for": list(program.compiled_for),
+            "temporary_bytes": program.temporary_bytes,
+            "code_bytes": program.code_bytes,
         }
-        handle, temporary = tempfile.mkstemp(dir=self._folder)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(json.dumps(header).encode() + b"\n" + program.data)
-            os.replace(temporary, self._path(key))
-        except OSError:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        rest = json.dumps(header).encode() + b"\n" + program.data
+        self.folder.write(_file_name(key), b"%s %s\n%s" % (_FORMAT, _digest(rest), rest))
 
-    def _path(self, key: Mapping[str, object]) -> Path:
-        text = json.dumps(_plain(key), sort_keys=True)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:32]
-        return self._folder / f"{key['name']}-{digest}.program"
+    def load_note(self, key: Mapping[str, object]) -> dict | None:
+        """What was noted under a key; None if nothing was, or it cannot be used."""
+        for folder in (self.folder, self.trusted):
+            name = _note_name(key)
+            try:
+                content = None if folder is None else folder.read(name)
+                if content is not None:
+                    note = json.loads(content)
+                    if note["key"] != plain(key):
+                        raise ValueError("it was made for something else")
+                    return note["note"]
+            except (ValueError, KeyError, TypeError, OSError) as error:
+                _log.warning("not using %s: %s", name, error)
+        return None
+
+    def save_note(self, key: Mapping[str, object], note: Mapping[str, object]) -> None:
+        """Notes something, JSON, beside the programs. Raises OSError where that fails."""
+        content = {"key": plain(key), "note": dict(note)}
+        self.folder.write(_note_name(key), json.dumps(content).encode())
 
 
-def _plain(key: Mapping[str, object]) -> dict:
+def plain(key: Mapping[str, object]) -> dict:
     """A key as it looks after a round trip through JSON."""
     return json.loads(json.dumps(dict(key), default=str))
 
 
-def _check_private(path: Path) -> None:
-    status = path.stat()
-    if status.st_uid != os.getuid():
-        raise ConfigError(f"{path} belongs to user {status.st_uid}, not to {os.getuid()}")
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise ConfigError(
-            f"{path} can be written by others (mode {stat.S_IMODE(status.st_mode):o}); loading "
-            "a compiled program runs code: make it 0700, or choose another program_dir"
-        )
+def key_digest(key: Mapping[str, object]) -> str:
+    """A short digest of a whole key."""
+    text = json.dumps(plain(key), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _file_name(key: Mapping[str, object]) -> str:
+    return f"{key['name']}-{key_digest(key)}.program"
+
+
+def _note_name(key: Mapping[str, object]) -> str:
+    return f"{key['name']}-{key_digest(key)}.json"
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest().encode()
+
+
+def _parse(content: bytes, key: Mapping[str, object], devices: int) -> StoredProgram:
+    """Raises ValueError, KeyError or TypeError for a file that is not to be used."""
+    first, _, rest = content.partition(b"\n")
+    if first != b"%s %s" % (_FORMAT, _digest(rest)):
+        raise ValueError("it is damaged, or of another format")
+    header_line, data = rest.split(b"\n", 1)
+    header = json.loads(header_line)
+    if header["key"] != plain(key):
+        raise ValueError("it was made for something else")
+    compiled_for = tuple(header["compiled_for"])
+    if len(set(compiled_for)) != devices or len(compiled_for) != devices:
+        raise ValueError(f"it was compiled for devices {compiled_for}, and {devices} are needed")
+    return StoredProgram(
+        data=data,
+        compiled_for=compiled_for,
+        temporary_bytes=header["temporary_bytes"],
+        code_bytes=header["code_bytes"],
+    )

@@ -71,12 +71,12 @@ def test_many_requests_say_what_the_reference_says(programs, slots, block_size):
 def test_long_prompts_are_computed_in_chunks(programs):
     """On groups that change from chunk to chunk, with short requests in between."""
     rng = np.random.default_rng(6)
-    prompts = [rng.integers(0, TINY.vocab_size, length).tolist() for length in (220, 30, 190, 9)]
+    prompts = [rng.integers(0, TINY.vocab_size, length).tolist() for length in (300, 30, 270, 9)]
     config = EngineConfig(
         cluster=ClusterConfig(instances=2),
         pool=PoolConfig(block_size=4, slots=256),
-        max_model_len=256,
-        max_chunk_tokens=64,
+        max_model_len=320,
+        max_chunk_tokens=128,
         program_dir=programs,
     )
     built = build_engine("random:tiny", config)
@@ -85,7 +85,7 @@ def test_long_prompts_are_computed_in_chunks(programs):
         outputs = llm.generate(prompts, params)
         assert used(llm) == 0
     prefills = [run.count for run in outputs[0].steps if run.kind == "prefill"]
-    assert sum(prefills) >= 2  # 220 tokens do not fit 2 ranks of 64
+    assert sum(prefills) >= 2  # 300 tokens do not fit 2 ranks of 128
     assert sum(count_ties(output) for output in outputs) == 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 from functools import partial
 
@@ -98,3 +99,31 @@ def test_an_unknown_reference_is_refused(serialized):
     Pickler(file).dump("secret")
     with pytest.raises(pickle.UnpicklingError, match="surprise"):
         rebound(file.getvalue(), (0, 1))
+
+
+class Hostile:
+    """Unpickled without care, it leaves a file behind."""
+
+    def __init__(self, path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path):
+    marker = tmp_path / "it-ran"
+    hostile = pickle.dumps(Hostile(marker))
+    with pytest.raises(pickle.UnpicklingError, match="system has no place in a compiled program"):
+        rebound(hostile, (0, 1))
+    assert not marker.exists()
+    pickle.loads(hostile)
+    assert marker.exists(), "the pickle would not have run anything"
+
+
+@pytest.mark.parametrize("name", ["builtins.eval", "numpy.load", "jax._src.core.eval_jaxpr"])
+def test_names_that_no_program_needs_are_refused(name):
+    module, _, function = name.rpartition(".")
+    named = f"c{module}\n{function}\n.".encode()
+    with pytest.raises(pickle.UnpicklingError, match="has no place"):
+        rebound(named, (0, 1))

@@ -89,8 +89,8 @@ def test_fields_are_these(spec, shapes):
     assert {name: view.shape for name, view in views.items()} == shapes
 
 
-def test_names_tell_specs_apart_but_for_their_placement():
-    names = {spec.name for spec in SPECS}
-    assert len(names) == len(SPECS)
+def test_names_tell_specs_apart():
     placed = ProgramSpec(kind="decode", degree=2, bucket=4, rows=4, placement=(2, 3))
-    assert placed.name == "decode-d2-t4-r4"
+    names = {spec.name for spec in [*SPECS, placed]}
+    assert len(names) == len(SPECS) + 1
+    assert placed.name == "decode-d2-t4-r4-on-2-3"
