@@ -151,17 +151,12 @@ class HistoryAttention:
             if self.degree > 1:
                 c_n = lax.all_gather(c, SP)
                 keys_n = Keys(*(lax.all_gather(leaf, SP, tiled=True) for leaf in keys_n))
-            for source in range(self.degree):
-                carry = self._fold_arrived(
-                    carry,
-                    q_HxTxD,
-                    Keys(*(leaf[source : source + 1] for leaf in keys_n)),
-                    c_n[source],
-                    rank,
-                    tile,
-                    window,
-                )
-            return carry
+
+            def arrived(source: Array, carry: Carry) -> Carry:
+                keys = Keys(*(lax.dynamic_slice_in_dim(leaf, source, 1) for leaf in keys_n))
+                return self._fold_arrived(carry, q_HxTxD, keys, c_n[source], rank, tile, window)
+
+            return lax.fori_loop(0, self.degree, arrived, carry)
 
         return lax.fori_loop(0, self.meta["key_trips"], work_item, carry_HxT)
 

@@ -109,7 +109,7 @@ def programs_per_instance(catalogue: Catalogue) -> tuple[int, int]:
     chunks = others = 0
     for degree in topology.degrees:
         groups = sum(0 in group for group in topology.groups(degree))
-        chunks += groups * (len(catalogue.chunk_buckets) + 1)
+        chunks += groups * len(catalogue.chunk_buckets)
         others += groups * (len(catalogue.row_buckets) + (degree > 1))
     return chunks, others
 

@@ -24,6 +24,7 @@ V vocabulary, L layers. H, G and weights are the share of one `tp` rank.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -68,7 +69,7 @@ class Attend(Protocol):
 
         Args:
           state: Any pytree, the KV pool for one; goes in and out of every layer.
-          layer: A Python number in a loop over layers, traced under a scan.
+          layer: Its number, traced.
           window: Keys that a query sees [tokens, its own included]. None: all of them.
             A Python value, save under a scan over layers whose windows differ: there it
             is traced, and `NO_WINDOW` stands for None.
@@ -217,10 +218,18 @@ class Decoder(nn.Module):
         self._check_layers(len(layers))
         # Each call brings its weights.
         module = DecoderLayer(self.config, self.tp, self.products, parent=None)
-        for i, (weights, window) in enumerate(zip(layers, self.config.windows, strict=True)):
-            x_TxM, state = module.apply(
-                {"params": weights}, x_TxM, rotation, attend, state, layer=i, window=window
+
+        # Traced once for all layers of a window; the compiler sees it inlined in each.
+        @partial(jax.jit, static_argnames="window")
+        def step(
+            weights: Any, x_TxM: jax.Array, state: Any, layer: jax.Array, window: int | None
+        ) -> tuple[jax.Array, Any]:
+            return module.apply(
+                {"params": weights}, x_TxM, rotation, attend, state, layer=layer, window=window
             )
+
+        for i, (weights, window) in enumerate(zip(layers, self.config.windows, strict=True)):
+            x_TxM, state = step(weights, x_TxM, state, jnp.int32(i), window)
         return x_TxM, state
 
     def _scan(

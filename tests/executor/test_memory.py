@@ -87,9 +87,9 @@ def test_free_memory_of_a_machine_and_of_a_container(tmp_path):
 @pytest.mark.parametrize(
     ("topology", "placed", "chunks", "others"),
     [
-        (EverySubset(1), False, 4, 2),
-        (Neighbours(4, (1, 2, 4)), False, 4 * 4, 2 + 2 * 3 + 3),  # of one, two and one group
-        (AlignedSlices(8), True, 4 * 4, 2 + 3 * 3),
+        (EverySubset(1), False, 3, 3),
+        (Neighbours(4, (1, 2, 4)), False, 4 * 3, 3 + 2 * 4 + 4),  # of one, two and one group
+        (AlignedSlices(8), True, 4 * 3, 3 + 3 * 4),
     ],
 )
 def test_an_instance_holds_a_program_for_each_of_its_groups(topology, placed, chunks, others):

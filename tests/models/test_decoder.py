@@ -186,7 +186,7 @@ def test_window_is_a_python_value_unless_a_scan_mixes_them(layout, windows, stat
 
     jit_run.eval_shape(config, weights, prompt(config), attend=attend)
     if layout == "unrolled":
-        assert tuple(seen) == windows
+        assert tuple(seen) == tuple(dict.fromkeys(windows))  # once for all layers alike
     elif static:
         assert set(seen) == {windows[0]}
     else:
