@@ -199,35 +199,41 @@ def decode_inputs(
     """
     layout, rank_of = spec.layout, {inst: rank for rank, inst in enumerate(step.group)}
     meta = np.zeros((spec.degree, layout.size), np.int32)
-    fields = [layout.views(vector) for vector in meta]
-    for field in fields:
-        field["write"][:] = trash
-        field["source"][:] = NO_TOKEN
     filled = [0] * spec.degree
-    rows = []
-    for row, slot, position in zip(step.rows, slots.slots, slots.positions, strict=True):
-        master = rank_of[row.master]
-        local, log = filled[master], logs[row.request]
-        place = master * spec.rows + local
+    names, places, tokens, sources = [], [], [], []
+    for row, position in zip(step.rows, slots.positions, strict=True):
+        name, master = row.request, rank_of[row.master]
+        names.append(name)
+        places.append(master * spec.rows + filled[master])
         filled[master] += 1
-        if position < len(log):
-            fields[master]["token"][local] = log[position]
-        elif row.request in running:
-            fields[master]["source"][local] = running[row.request]
-        else:
+        known = position < len(logs[name])
+        tokens.append(logs[name][position] if known else 0)
+        sources.append(NO_TOKEN if known else running.get(name, NO_TOKEN))
+        if not known and name not in running:
             raise StepError(
-                f"step {step.seq}: the token at position {position} of request {row.request!r} is "
+                f"step {step.seq}: the token at position {position} of request {name!r} is "
                 f"neither known nor an output of the last decode step on group {step.group}"
             )
-        _sampling(fields[master], local, log, position + 1)
-        fields[rank_of[row.home]]["write"][place] = slot
-        for field, table in zip(fields, tables, strict=True):
-            field["position"][place] = position
-            field["start"][place], field["entries"][place] = table.region(row.request)
-        rows.append((row.request, place))
-    for field in fields:
-        field["rows_used"][...] = max(filled)
-    return StepInputs(metas=(meta,), rows=tuple(rows))
+
+    def field(name: str) -> np.ndarray:
+        return layout.of_all_ranks(meta, name)
+
+    at = np.array(places)
+    mine = np.divmod(at, spec.rows)  # (rank, row) of the master
+    field("token")[mine] = tokens
+    field("source")[:] = NO_TOKEN
+    field("source")[mine] = sources
+    field("temperature")[mine] = [logs[name].temperature_bits for name in names]
+    field("seed")[mine] = [logs[name].seed for name in names]
+    field("position")[:, at] = slots.positions
+    field("sample_position")[mine] = np.array(slots.positions) + 1
+    field("write")[:] = trash
+    field("write")[[rank_of[row.home] for row in step.rows], at] = slots.slots
+    for rank, table in enumerate(tables):
+        regions = np.array([table.region(name) for name in names])
+        field("start")[rank, at], field("entries")[rank, at] = regions.T
+    field("rows_used")[:] = max(filled)
+    return StepInputs(metas=(meta,), rows=tuple(zip(names, places, strict=True)))
 
 
 def migrate_inputs(
