@@ -43,6 +43,7 @@ class Engine:
       limits: What a request may ask for.
       pool_slots: KV slots of each instance, as configured; whole blocks of them are used.
       host_time: Where the loop's thread spends its time.
+      executor: Runs the steps. It is the loop's: not to be touched while anything runs.
     """
 
     def __init__(
@@ -77,7 +78,8 @@ class Engine:
             instance_slots=allocator.slots,
             degree=max(topology.degrees),
         )
-        self._executor = executor
+        self.executor = executor
+        self._allocator = allocator
         self.host_time = host_time or HostTime()
         self.pool_slots = allocator.slots
         self._front = Front(admission=self.limits, now=executor.now, wake=executor.wake)
@@ -103,7 +105,7 @@ class Engine:
 
     def now(self) -> float:
         """The clock of deadlines, timings and records [s]."""
-        return self._executor.now()
+        return self.executor.now()
 
     def submit(
         self, request: GenerationRequest, *, on_event: OnEvent | None = None
@@ -133,7 +135,7 @@ class Engine:
         """The engine as it was a moment ago, and its counters."""
         return self._history.stats(
             self._state.published,
-            self._executor.program_counts,
+            self.executor.program_counts,
             self.host_time.times(),
             alive=self.alive,
         )
@@ -153,6 +155,14 @@ class Engine:
     def pool_samples(self) -> tuple[PoolSample, ...]:
         """Every change of the KV pool's use, by time (up to 200,000 are kept)."""
         return self._history.pool()
+
+    def check_integrity(self) -> None:
+        """Proves the books of the KV pool; only while nothing runs, or after `close`.
+
+        Raises:
+          IntegrityError: With the numbers that do not match.
+        """
+        self._allocator.check_integrity()
 
     def close(self) -> None:
         """Aborts open requests, ends the loop and closes the executor. May be called again.

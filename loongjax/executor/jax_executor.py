@@ -29,10 +29,10 @@ from loongjax.esp.history import Trips, history_trips
 from loongjax.executor.device_memory import DeviceMemory
 from loongjax.executor.host_time import HostTime
 from loongjax.executor.inputs import (
+    DecodeFrame,
     StepInputs,
     TokenLog,
     add_history,
-    decode_inputs,
     migrate_inputs,
     prefill_inputs,
     stripe_tokens,
@@ -98,6 +98,7 @@ class JaxExecutor:
         self._tables = [self._new_table() for _ in grid]
         self._logs: dict[RequestId, TokenLog] = {}
         self._outputs: dict[Group, _Output] = {}  # of each group's last decode step
+        self._frames: dict[Group, DecodeFrame] = {}
         self._zeros: dict[tuple[Group, int], jax.Array] = {}
         self._groups: dict[int, Group] = {}  # of steps in flight
         self._broken: set[InstanceId] = set()  # where a launch failed that is not settled yet
@@ -154,7 +155,10 @@ class JaxExecutor:
                 messages.append(self._results.get_nowait())
         except queue.Empty:
             results = [message for message in messages if message is not None]
-        return [self._settle(result) for result in results]
+        self.host_time.begin()
+        settled = [self._settle(result) for result in results]
+        self.host_time.lap("landing")
+        return settled
 
     def wake(self) -> None:
         """Ends a waiting `poll`."""
@@ -255,7 +259,10 @@ class JaxExecutor:
             case DecodeStep(), DecodeSlots():
                 self._append_tokens(step, slots)
                 last = self._last_output(spec, group)
-                inputs = decode_inputs(spec, step, slots, self._logs, tables, trash, last.places)
+                frame = self._frames.get(group)
+                if frame is None or frame.rows is not step.rows or frame.spec != spec:
+                    frame = self._frames[group] = DecodeFrame(spec, step, self._logs, trash)
+                inputs = frame.inputs(step, slots, tables, last.places)
                 self._update_tables(spec, group, inputs)
                 return inputs, (self.memory.weights_of(group),), (last.tokens,)
             case MigrateStep(), MigrateSlots():
