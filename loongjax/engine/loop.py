@@ -230,16 +230,18 @@ class Loop:
         if result.error is not None:
             self._fail_step(step, result.error)
         self._drop_lost_kv()
-        for sampled in result.tokens:
-            request = self._state.open.get(sampled.request)
+        accepted = 0
+        for name, token in result.tokens:
+            request = self._state.open.get(name)
             if request is not None:  # else it had ended already: nobody hears of this token
-                self._accept(request, sampled.token, result.ended)
+                accepted += 1
+                self._accept(request, token, result.ended)
+        self._history.add_tokens(accepted)
         someone_ended = bool(ended) or len(self._state.open) < before
         return someone_ended or result.error is not None or not self._state.queue(step.group)
 
     def _accept(self, request: Request, token: int, time: float) -> None:
         reason = request.append(token, time)
-        self._history.add_token()
         event = TokensEvent(token_ids=(token,), stopped=reason == "stop")
         self._outbox.append((request.handle, event))
         if reason is not None:

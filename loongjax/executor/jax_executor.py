@@ -212,7 +212,8 @@ class JaxExecutor:
     # ---- a step's way to the devices and back ----------------------------------------
 
     def _launch(self, step: Step, slots: SlotPlan, started: float) -> Launched:
-        spec, group = self.spec_for(step), step.group
+        group, frame = step.group, self._frame_of(step)
+        spec = self.spec_for(step) if frame is None else frame.spec
         program = self.programs.get(spec, group)
         inputs, before, after = self._prepare(spec, step, slots)
         self.host_time.lap("tables")
@@ -259,8 +260,8 @@ class JaxExecutor:
             case DecodeStep(), DecodeSlots():
                 self._append_tokens(step, slots)
                 last = self._last_output(spec, group)
-                frame = self._frames.get(group)
-                if frame is None or frame.rows is not step.rows or frame.spec != spec:
+                frame = self._frame_of(step)
+                if frame is None:
                     frame = self._frames[group] = DecodeFrame(spec, step, self._logs, trash)
                 inputs = frame.inputs(step, slots, tables, last.places)
                 self._update_tables(spec, group, inputs)
@@ -271,6 +272,12 @@ class JaxExecutor:
                     self._tables[move.target].append(move.request, move.given)
                 return migrate_inputs(spec, step, slots, trash), (), ()
         raise TypeError(f"{type(step).__name__} with {type(slots).__name__}")
+
+    def _frame_of(self, step: Step) -> DecodeFrame | None:
+        """The frame of the group's last decode step, if this one goes on with the same rows."""
+        frame = self._frames.get(step.group)
+        same = frame is not None and isinstance(step, DecodeStep) and frame.rows is step.rows
+        return frame if same else None
 
     def _append_tokens(self, step: DecodeStep, slots: DecodeSlots) -> None:
         for row, slot, position in zip(step.rows, slots.slots, slots.positions, strict=True):

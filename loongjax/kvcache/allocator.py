@@ -222,9 +222,10 @@ class BlockAllocator:
             in_tail.append(fits)
             if not fits:
                 wanted[home] += 1
-        if len({row.request for row in step.rows}) != len(step.rows):
+        if len({request for request, _, _ in step.rows}) != len(step.rows):
             raise _refusal(step, "names a request twice. Give each request one row")
-        self._check_free(step, wanted)
+        if not all(in_tail):
+            self._check_free(step, wanted)
         slots: list[int] = []
         positions: list[int] = []
         for (request, _, home), fits in zip(step.rows, in_tail, strict=True):
