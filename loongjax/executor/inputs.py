@@ -198,8 +198,11 @@ class DecodeFrame:
         step: DecodeStep,
         logs: Mapping[RequestId, TokenLog],
         trash: int,
+        spare_entry: int,
     ) -> None:
-        """`trash` is the slot for what is not kept."""
+        """`trash` is the slot for what is not kept, `spare_entry` a row of every block table that
+        no request has.
+        """
         self.spec = spec
         self.rows = step.rows
         layout, rank_of = spec.layout, {inst: rank for rank, inst in enumerate(step.group)}
@@ -221,6 +224,7 @@ class DecodeFrame:
         field("rows_used")[:] = max(filled)
         field("write")[:] = trash
         field("source")[:] = NO_TOKEN
+        field("update")[:, :, 0] = spare_entry
         # Where the numbers of a step stand, in the order in which `inputs` lists them.
         place = partial(layout.of_all_ranks, np.arange(meta.size).reshape(meta.shape))
         home = [rank_of[row.home] for row in step.rows]

@@ -214,7 +214,10 @@ class JaxExecutor:
     def _launch(self, step: Step, slots: SlotPlan, started: float) -> Launched:
         group, frame = step.group, self._frame_of(step)
         spec = self.spec_for(step) if frame is None else frame.spec
+        known = self.programs.counts
         program = self.programs.get(spec, group)
+        if self.programs.counts is not known:
+            self.host_time.begin()  # making a program is no part of running a step
         inputs, before, after = self._prepare(spec, step, slots)
         self.host_time.lap("tables")
         for vectors in inputs.metas:
@@ -262,7 +265,9 @@ class JaxExecutor:
                 last = self._last_output(spec, group)
                 frame = self._frame_of(step)
                 if frame is None:
-                    frame = self._frames[group] = DecodeFrame(spec, step, self._logs, trash)
+                    frame = self._frames[group] = DecodeFrame(
+                        spec, step, self._logs, trash, self._shapes.table_entries - 1
+                    )
                 inputs = frame.inputs(step, slots, tables, last.places)
                 self._update_tables(spec, group, inputs)
                 return inputs, (self.memory.weights_of(group),), (last.tokens,)
@@ -288,7 +293,6 @@ class JaxExecutor:
         step, a table with many changes is sent whole.
         """
         fields = spec.layout.of_all_ranks(inputs.metas[0], "update")
-        fields[:, :, 0] = self._shapes.table_entries - 1  # a spare one
         for field, instance in zip(fields, group, strict=True):
             table = self._tables[instance]
             batch = table.take_updates(len(field))

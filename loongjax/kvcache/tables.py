@@ -198,9 +198,11 @@ class BlockTable:
             rows.update(changed)
         else:
             if len(rows) <= limit:
+                updated = np.fromiter(rows, np.intp, len(rows))
+                updated.sort()
                 updates = np.empty((len(rows), 4), np.int32)
-                updates[:, 0] = sorted(rows)
-                updates[:, 1:] = self.entries[updates[:, 0]]
+                updates[:, 0] = updated
+                updates[:, 1:] = self.entries[updated]
                 return TableUpdates(whole=False, updates=updates)
         return TableUpdates(whole=True, updates=np.empty((0, 4), np.int32))
 
