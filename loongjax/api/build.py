@@ -13,12 +13,14 @@ from loongjax.api.progress import progress_bar
 from loongjax.config import EngineConfig
 from loongjax.engine import Engine
 from loongjax.errors import ConfigError
+from loongjax.executor.host_time import HostTime
 from loongjax.executor.protocol import Executor
 from loongjax.kvcache import BlockAllocator
 from loongjax.models.config import ModelConfig
 from loongjax.models.resolve import ResolvedModel, resolve
 from loongjax.plan import Topology
 from loongjax.scheduler.policies.first_come import FirstCome
+from loongjax.scheduler.policy import Policy
 from loongjax.text import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -32,6 +34,11 @@ class DeviceExecutor(Executor, Protocol):
     @property
     def topology(self) -> Topology:
         """The groups that it can run."""
+        ...
+
+    @property
+    def host_time(self) -> HostTime:
+        """What it shares with the engine whose thread calls it."""
         ...
 
     @property
@@ -49,8 +56,10 @@ class BuiltEngine:
     tokenizer: Tokenizer | None
 
 
-def build_engine(model: str, config: EngineConfig) -> BuiltEngine:
+def build_engine(model: str, config: EngineConfig, policy: Policy | None = None) -> BuiltEngine:
     """Resolves and loads a model, and starts an engine on it.
+
+    `policy` decides what runs where; None: first come, first served.
 
     Raises:
       ModelError: The model cannot be found or read.
@@ -72,13 +81,14 @@ def build_engine(model: str, config: EngineConfig) -> BuiltEngine:
         group_slots = max(topology.degrees) * allocator.usable
         engine = Engine(
             executor=executor,
-            policy=FirstCome(),
+            policy=policy or FirstCome(),
             allocator=allocator,
             topology=topology,
             vocab_size=resolved.config.vocab_size,
             # An answer's last token has no KV.
             max_model_len=config.max_model_len
             or min(resolved.config.max_positions, group_slots + 1),
+            host_time=executor.host_time,
             eos_ids={*resolved.config.eos_ids, *(tokenizer.eos_ids if tokenizer else ())},
         )
     except BaseException:

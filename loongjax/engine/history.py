@@ -1,7 +1,8 @@
 """What the engine did: bounded lists of steps, ended requests and use of the pool; counters.
 
 The loop writes, any thread reads; one lock guards all. Records are kept for looking back,
-nothing in the engine depends on them.
+nothing in the engine depends on them; so steps are kept as they came, and whoever reads them pays
+for making records of them.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections import Counter, deque
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from loongjax.engine.messages import (
     EngineStats,
@@ -20,6 +22,7 @@ from loongjax.engine.messages import (
     StepKind,
     StepRecord,
 )
+from loongjax.executor.host_time import PhaseTime
 from loongjax.plan import (
     DecodeStep,
     InstanceId,
@@ -42,6 +45,21 @@ MAX_SAMPLES = 200_000
 """Of the pool: about 150 bytes each."""
 
 
+_KINDS: dict[type[Step], StepKind] = {
+    PrefillStep: "prefill",
+    DecodeStep: "decode",
+    MigrateStep: "migrate",
+}
+
+
+class _Ended(NamedTuple):
+    """A step that ended, and how many requests it names."""
+
+    step: Step
+    result: StepResult
+    mentions: int
+
+
 class History:
     """Step records, newest last; the oldest go when either limit is passed.
 
@@ -59,8 +77,8 @@ class History:
         self._max_mentions = max_mentions
         self._max_samples = max_samples
         self._lock = threading.Lock()
-        self._records: deque[StepRecord] = deque()
-        self._by_request: dict[RequestId, deque[StepRecord]] = {}
+        self._ended_steps: deque[_Ended] = deque()
+        self._by_request: dict[RequestId, deque[_Ended]] = {}
         self._mentions = 0
         self._ended: deque[RequestRecord] = deque(maxlen=max_records)
         self._pool: deque[PoolSample] = deque()
@@ -76,25 +94,29 @@ class History:
 
     def add_step(self, step: Step, result: StepResult) -> None:
         """Records a step that ended."""
-        record = make_record(step, result)
+        names = requests_of(step)
+        ended = _Ended(step, result, len(names))
         with self._lock:
-            if record.error is not None:
+            if result.error is not None:
                 self._failed_steps += 1
             else:
-                self._steps[record.kind, record.degree] += 1
-                if record.kind == "prefill":
-                    self._prompt_tokens += record.tokens
-            self._records.append(record)
-            self._mentions += len(record.requests)
-            for request in record.requests:
-                self._by_request.setdefault(request, deque()).append(record)
-            while len(self._records) > self._max_records or self._mentions > self._max_mentions:
+                self._steps[_KINDS[type(step)], len(step.group)] += 1
+                if isinstance(step, PrefillStep):
+                    self._prompt_tokens += sum(chunk.length for chunk in step.chunks)
+            self._ended_steps.append(ended)
+            self._mentions += ended.mentions
+            for name in names:
+                mentions = self._by_request.get(name)
+                if mentions is None:
+                    mentions = self._by_request[name] = deque()
+                mentions.append(ended)
+            while len(self._ended_steps) > self._max_records or self._mentions > self._max_mentions:
                 self._drop_oldest()
 
-    def add_token(self) -> None:
-        """A token was handed out."""
+    def add_tokens(self, count: int) -> None:
+        """So many tokens were handed out."""
         with self._lock:
-            self._generated_tokens += 1
+            self._generated_tokens += count
 
     def add_preemption(self) -> None:
         """A request's KV was dropped to make room."""
@@ -126,12 +148,14 @@ class History:
     def steps(self) -> tuple[StepRecord, ...]:
         """All records that are kept, in the order in which the steps ended."""
         with self._lock:
-            return tuple(self._records)
+            ended = tuple(self._ended_steps)
+        return tuple([make_record(step, result) for step, result, _ in ended])
 
     def steps_of(self, request: RequestId) -> tuple[StepRecord, ...]:
         """The kept records of steps that worked on a request; empty if there are none."""
         with self._lock:
-            return tuple(self._by_request.get(request, ()))
+            ended = tuple(self._by_request.get(request, ()))
+        return tuple([make_record(step, result) for step, result, _ in ended])
 
     def requests(self, snapshot: Snapshot) -> tuple[RequestRecord, ...]:
         """Kept ended requests, then those open in `snapshot` that have not ended since."""
@@ -153,7 +177,14 @@ class History:
             before = sorted(self._pool_before.values())
             return (*before, *self._pool)
 
-    def stats(self, snapshot: Snapshot, programs: ProgramCounts, *, alive: bool) -> EngineStats:
+    def stats(
+        self,
+        snapshot: Snapshot,
+        programs: ProgramCounts,
+        host: tuple[PhaseTime, ...],
+        *,
+        alive: bool,
+    ) -> EngineStats:
         """The counters, together with what `snapshot` and the executor show."""
         with self._lock:
             return EngineStats(
@@ -180,14 +211,15 @@ class History:
                 recomputed_requests=self._recomputed,
                 finished=tuple(sorted(self._finished.items())),
                 programs=programs,
+                host=host,
             )
 
     def _drop_oldest(self) -> None:
-        record = self._records.popleft()
-        self._mentions -= len(record.requests)
-        for request in record.requests:
+        oldest = self._ended_steps.popleft()
+        self._mentions -= oldest.mentions
+        for request in requests_of(oldest.step):
             of_request = self._by_request[request]
-            of_request.popleft()  # records of a request are in the same order as all records
+            of_request.popleft()  # steps of a request are in the same order as all steps
             if not of_request:
                 del self._by_request[request]
 
@@ -197,20 +229,17 @@ def make_record(step: Step, result: StepResult) -> StepRecord:
     kept: Counter[InstanceId] = Counter()
     match step:
         case PrefillStep():
-            kind: StepKind = "prefill"
             for placement in step.keep:
                 for share in placement.shares:
                     kept[share.instance] += share.tokens
         case DecodeStep():
-            kind = "decode"
             kept.update(row.home for row in step.rows)
         case MigrateStep():
-            kind = "migrate"
             for move in step.moves:
                 kept[move.target] += move.tokens
     return StepRecord(
         seq=step.seq,
-        kind=kind,
+        kind=_KINDS[type(step)],
         group=step.group,
         requests=requests_of(step),
         tokens=sum(kept.values()),

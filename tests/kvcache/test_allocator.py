@@ -369,6 +369,14 @@ def test_refused_decode_changes_no_row() -> None:
     allocator.check_integrity()
 
 
+def test_a_step_fits_where_each_home_has_a_block_or_the_tail_for_its_rows() -> None:
+    allocator = pool(blocks=2)
+    allocator.apply(prefill(("a", 0, [(0, 2)]), ("b", 0, [(1, 4)])))
+    assert allocator.fits(decode(("a", 0), ("b", 0)))
+    assert allocator.fits(decode(("a", 1)))
+    assert not allocator.fits(decode(("a", 1), ("b", 1)))  # one block is free there
+
+
 TWO_PLACEMENTS = prefill(("b", 0, [(0, 1)]), ("c", 0, [(0, 1)]))
 
 

@@ -140,7 +140,7 @@ def test_preempted_kv_is_seen_to_go() -> None:
         return Plan(preempt=(old[0].id,))
 
     preempted: list[str] = []
-    with rig(policy=Wrapped(first=preempt_once), instances=1, block_size=1) as it:
+    with rig(policy=Wrapped(first=preempt_once, ahead=False), instances=1, block_size=1) as it:
         llm = LLM.from_engine(it.engine)
         llm.generate([[1, 2, 3]], FOUR)
         assert [sample.used for sample in llm.timeline().pool] == [3, 4, 0, 5, 6, 0]
