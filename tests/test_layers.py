@@ -34,6 +34,7 @@ RANKS = {
     "loongjax.simulator": 6,
     "loongjax.api": 7,
     "loongjax": 8,
+    "loongjax.bench": 8,
     "serving": 9,
     "loongjax.cli": 10,
     "scripts": 10,

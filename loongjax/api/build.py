@@ -18,6 +18,7 @@ from loongjax.models.config import ModelConfig
 from loongjax.models.resolve import ResolvedModel, resolve
 from loongjax.plan import Topology
 from loongjax.scheduler.policies.first_come import FirstCome
+from loongjax.scheduler.policy import Policy
 from loongjax.text import Tokenizer, load_tokenizer
 
 
@@ -45,8 +46,10 @@ class BuiltEngine:
     tokenizer: Tokenizer | None
 
 
-def build_engine(model: str, config: EngineConfig) -> BuiltEngine:
+def build_engine(model: str, config: EngineConfig, policy: Policy | None = None) -> BuiltEngine:
     """Resolves and loads a model, and starts an engine on it.
+
+    `policy` decides what runs where; None: first come, first served.
 
     Raises:
       ModelError: The model cannot be found or read.
@@ -67,7 +70,7 @@ def build_engine(model: str, config: EngineConfig) -> BuiltEngine:
         group_slots = max(topology.degrees) * allocator.usable
         engine = Engine(
             executor=executor,
-            policy=FirstCome(),
+            policy=policy or FirstCome(),
             allocator=allocator,
             topology=topology,
             vocab_size=resolved.config.vocab_size,

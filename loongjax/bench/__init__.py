@@ -1,0 +1,1 @@
+"""Measurements: loongjax beside its peers, and what its parts cost. Used by commands alone."""
