@@ -12,9 +12,9 @@ import argparse
 import json
 import sys
 
-from loongjax.bench.engine import QUICK, Effort, measure_cells
+from loongjax.bench.engine import measure_cells
 from loongjax.bench.peers import PEERS, install
-from loongjax.cli.bench_engine import add_bench_options
+from loongjax.cli.bench_engine import add_bench_options, effort_of
 from loongjax.cli.main import show_log
 from loongjax.errors import LoongJaxError
 
@@ -33,7 +33,7 @@ def main() -> int:
         for peer in PEERS:
             install(peer, folder)
         if not options.install_only:
-            cells = measure_cells(folder, QUICK if options.quick else Effort())
+            cells = measure_cells(folder, effort_of(options))
             print(json.dumps({"cells": cells}), flush=True)
     except LoongJaxError as error:
         print(f"bench_peers: {error}", file=sys.stderr)

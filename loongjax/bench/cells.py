@@ -23,9 +23,14 @@ _DECODE_PROMPT = 128
 _CHECK_AGREE = 0.75
 """Share of first tokens in which engines must agree; in bfloat16 a few of them differ."""
 
+_WARM_UP_TOKENS = 9
+"""Of each answer in the warm-up of a decode cell. Longer ones need no other programs."""
 _SLOW_JOB_S = 20.0
-"""A job that takes longer in the warm-up is not run again: that one timing stands for it.
-It bounds the run on machines where a peer has no kernels for a dtype."""
+"""A job that would take longer is not run after the warm-up, whose timing stands for it."""
+_ENDLESS_JOB_S = 60.0
+"""A prompt that would take longer is not run at all. It counts as fast per token as the shorter
+one before it, which flatters the engine. Both limits bound the run on machines where a peer has
+no kernels for a dtype: minutes for a prompt in bfloat16 on cores without AVX-512."""
 
 _log = logging.getLogger(__name__)
 
@@ -57,6 +62,12 @@ class Cell:
         if self.tokens == 1:
             return timing.first_cpu_s / (self.batch * self.prompt)
         return timing.window_cpu_s / timing.window_tokens
+
+    def expected_s(self, timing: Timing) -> float:
+        """Duration of the whole job, from that of one with shorter answers [s]."""
+        if self.tokens == 1:
+            return timing.first_s
+        return timing.first_s + self.batch * (self.tokens - 1) / self.rate(timing)
 
 
 @runtime_checkable
@@ -112,17 +123,28 @@ def measure_in_turn(
     """Measures all cells on all workers, one job at a time on the whole machine.
 
     Workers take turns within a cell, each round in another order, so that drift and noise of
-    the machine hit all alike. Before, every cell runs once without being counted, save where
-    it takes so long (`_SLOW_JOB_S`) that it is not run again.
+    the machine hit all alike. Before, every cell runs once without being counted.
 
     Returns:
-      `repeats` timings for each (worker's name, cell's name); one where a job is slow.
+      `repeats` timings for each (worker's name, cell's name); one, that of the warm-up, where
+      a job is slow (`_SLOW_JOB_S`), or a bound (`_ENDLESS_JOB_S`).
 
     Raises BenchError where a worker fails, or where the engines do not serve one model.
     """
     prompts = _Prompts(vocab_size)
-    timings = _warm_up(workers, cells, {cell.what: prompts.draw(cell) for cell in cells})
-    slow = {key for key, (timing,) in timings.items() if timing.total_s > _SLOW_JOB_S}
+    timings: dict[tuple[str, str], list[Timing]] = {}
+    jobs = {cell.what: prompts.draw(cell) for cell in cells}
+    for worker in workers:
+        for cell, timing in _warm_up(worker, cells, jobs).items():
+            timings[worker.name, cell.what] = [timing]
+    for cell in cells:
+        _check_same_model({w.name: timings[w.name, cell.what][0].first_tokens for w in workers})
+    slow = {
+        (worker.name, cell.what)
+        for worker in workers
+        for cell in cells
+        if cell.expected_s(timings[worker.name, cell.what][0]) > _SLOW_JOB_S
+    }
     for key in timings.keys() - slow:
         timings[key].clear()
     for turn in range(repeats):
@@ -138,21 +160,39 @@ def measure_in_turn(
 
 
 def _warm_up(
-    workers: Sequence[Contestant], cells: Sequence[Cell], jobs: Mapping[str, list[list[int]]]
-) -> dict[tuple[str, str], list[Timing]]:
-    """Runs every job once on every worker; raises BenchError if they are not of one model."""
-    timings = {}
-    said: dict[str, list[int]] = {worker.name: [] for worker in workers}
-    for worker in workers:
-        worker.ready()
-        for cell in cells:
-            timing = worker.measure(jobs[cell.what], cell.tokens)
-            timings[worker.name, cell.what] = [timing]
-            said[worker.name] += timing.first_tokens
-            _tell("warm-up", worker, cell, timing)
-        worker.warmed()
-    _check_same_model(said)
-    return timings
+    worker: Contestant, cells: Sequence[Cell], jobs: Mapping[str, list[list[int]]]
+) -> dict[Cell, Timing]:
+    """Runs every job once, with short answers; an endless one gets a bound instead."""
+    worker.ready()
+    found: dict[Cell, Timing] = {}
+    for cell in cells:
+        bound = _bound(cell, found) if cell.tokens == 1 else None
+        if bound is not None and bound.first_s > _ENDLESS_JOB_S:
+            found[cell] = bound
+            _tell("not run, at most", worker, cell, bound)
+        else:
+            found[cell] = worker.measure(jobs[cell.what], min(cell.tokens, _WARM_UP_TOKENS))
+            _tell("warm-up", worker, cell, found[cell])
+    worker.warmed()
+    return found
+
+
+def _bound(cell: Cell, found: Mapping[Cell, Timing]) -> Timing | None:
+    """The least time for a prompt: per token that of the last shorter one, whose attention is
+    cheaper. None where there is none.
+    """
+    for shorter, timing in reversed(list(found.items())):
+        if shorter.tokens == 1 and shorter.prompt < cell.prompt:
+            longer = cell.prompt / shorter.prompt
+            return Timing(
+                first_s=timing.first_s * longer,
+                first_cpu_s=timing.first_cpu_s * longer,
+                window_s=0.0,
+                window_cpu_s=0.0,
+                window_tokens=0,
+                first_tokens=(),
+            )
+    return None
 
 
 def _tell(turn: str, worker: Contestant, cell: Cell, timing: Timing) -> None:
@@ -196,12 +236,15 @@ class _Prompts:
 
 
 def _check_same_model(said: Mapping[str, Sequence[int]]) -> None:
-    """Raises BenchError unless the workers mostly gave the same first tokens."""
-    reference, *others = said
+    """Raises BenchError unless those who ran a job mostly gave the same first tokens."""
+    heard = {name: tokens for name, tokens in said.items() if tokens}
+    if not heard:
+        return
+    reference, *others = heard
     for name in others:
-        same = sum(a == b for a, b in zip(said[reference], said[name], strict=True))
-        if same < _CHECK_AGREE * len(said[reference]):
+        same = sum(a == b for a, b in zip(heard[reference], heard[name], strict=True))
+        if same < _CHECK_AGREE * len(heard[name]) and len(heard[name]) > 1:
             raise BenchError(
-                f"{reference} and {name} agree in {same} of {len(said[reference])} first tokens: "
+                f"{reference} and {name} agree in {same} of {len(heard[name])} first tokens: "
                 "they do not compute the same model, and their speeds say nothing about each other"
             )

@@ -9,7 +9,6 @@ import contextlib
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from loongjax.bench.cells import (
     standard_cells,
 )
 from loongjax.bench.checkpoint import export_random
+from loongjax.bench.effort import Effort
 from loongjax.bench.floor import floor_rate, measure_machine
 from loongjax.bench.peers import PEERS, require_peers
 from loongjax.bench.process import Worker, own_python
@@ -35,27 +35,9 @@ _THREADS = 2
 _INSTANCES = 4
 _POOL_SLOTS = 16_384
 _MAX_REQUESTS = 32
-_DTYPES = {"float32": 4, "bfloat16": 2}
+_ITEMSIZES = {"float32": 4, "bfloat16": 2}
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Effort:
-    """How much is measured.
-
-    Attributes:
-      repeats: Timings behind each median.
-      decode_tokens: That each request generates in a decode cell.
-      dtypes: Which are measured.
-    """
-
-    repeats: int = 5
-    decode_tokens: int = 97
-    dtypes: tuple[str, ...] = tuple(_DTYPES)
-
-
-QUICK = Effort(repeats=1, decode_tokens=33)
 
 
 def run_engine_bench(folder: Path, effort: Effort) -> dict[str, Any]:
@@ -138,7 +120,7 @@ def _cells_of_dtype(
             cell,
             dtype,
             median_rates(timings, cell),
-            floor_rate(cell, model, _DTYPES[dtype], machine),
+            floor_rate(cell, model, _ITEMSIZES[dtype], machine),
         )
         for cell in cells
     ]

@@ -45,11 +45,6 @@ class Timing:
     window_tokens: int
     first_tokens: tuple[int, ...]
 
-    @property
-    def total_s(self) -> float:
-        """Wall clock of the job, less the ends of all answers but the first."""
-        return self.first_s + self.window_s
-
 
 class Worker:
     """One engine in a process of its own. Use it as a context manager."""

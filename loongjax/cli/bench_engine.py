@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from loongjax.bench.effort import QUICK, Effort
 from loongjax.bench.peers import default_folder
 from loongjax.cli.options import add_json_option
 
@@ -39,7 +41,7 @@ def add_command(benches: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def add_bench_options(parser: argparse.ArgumentParser) -> None:
-    """`--peers` and `--quick`, which `scripts/bench_peers.py` has too."""
+    """`--peers`, `--dtype` and `--quick`, which `scripts/bench_peers.py` has too."""
     parser.add_argument(
         "--peers",
         type=Path,
@@ -48,15 +50,26 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
         help="where scripts/bench_peers.py installed the peers (default %(default)s)",
     )
     parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="measure the cells in this one alone (default: both)",
+    )
+    parser.add_argument(
         "--quick", action="store_true", help="one timing each, no medians: to see that it runs"
     )
 
 
+def effort_of(options: argparse.Namespace) -> Effort:
+    """How much the options ask to measure."""
+    effort = QUICK if options.quick else Effort()
+    return effort if options.dtype is None else replace(effort, dtypes=(options.dtype,))
+
+
 def run(options: argparse.Namespace) -> None:
     """Measures, and prints the table or the JSON object."""
-    from loongjax.bench.engine import QUICK, Effort, run_engine_bench
+    from loongjax.bench.engine import run_engine_bench
 
-    report = run_engine_bench(options.peers.expanduser(), QUICK if options.quick else Effort())
+    report = run_engine_bench(options.peers.expanduser(), effort_of(options))
     if options.json:
         print(json.dumps(report), flush=True)
     else:

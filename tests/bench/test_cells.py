@@ -17,7 +17,6 @@ from loongjax.bench.cells import (
 from loongjax.bench.engine import describe_cell
 from loongjax.bench.floor import Machine, floor_rate
 from loongjax.bench.process import Timing
-from loongjax.errors import BenchError
 from loongjax.models.random_weights import random_config
 
 CELLS = (prefill_cell(16), decode_cell(2, 5))
@@ -76,18 +75,26 @@ def test_rates_are_medians_of_what_the_cell_is_about():
     assert median_cpu_s(found, CELLS[0]) == {"a": 1.0 / 16, "b": 4.0 / 16}
 
 
-def test_a_slow_job_runs_once(monkeypatch):
+def test_a_slow_job_runs_once_and_briefly(monkeypatch):
     monkeypatch.setattr(cells_module, "_SLOW_JOB_S", 3.0)
+    monkeypatch.setattr(cells_module, "_WARM_UP_TOKENS", 2)
     journal = []
-    found = run([FakeWorker("a", 1.0, journal), FakeWorker("b", 2.0, journal)])
+    found = run([FakeWorker("a", 0.5, journal), FakeWorker("b", 2.0, journal)])
     assert len(found["b", CELLS[0].what]) == 3
-    assert len(found["b", CELLS[1].what]) == 1  # 2 s to the first tokens, 2 s for the others
-    assert len(jobs_of(journal, "b", CELLS[1].tokens)) == 1
+    assert len(found["b", CELLS[1].what]) == 1  # 2 s to the first tokens, and 2 s for each other
+    assert not jobs_of(journal, "b", CELLS[1].tokens)
+    assert median_rates(found, CELLS[1])["b"] == 1.0
 
 
-def test_engines_that_say_something_else_are_refused():
-    with pytest.raises(BenchError, match="a and b agree in 0 of 3 first tokens"):
-        run([FakeWorker("a", 1.0, []), FakeWorker("b", 1.0, [], shift=1)])
+def test_an_endless_prompt_is_not_run_and_counts_like_a_shorter_one(monkeypatch):
+    monkeypatch.setattr(cells_module, "_SLOW_JOB_S", 3.0)
+    monkeypatch.setattr(cells_module, "_ENDLESS_JOB_S", 3.5)
+    journal, cells = [], (prefill_cell(16), prefill_cell(32))
+    workers = [FakeWorker("a", 1.0, journal), FakeWorker("b", 2.0, journal)]
+    found = measure_in_turn(workers, cells, vocab_size=100, repeats=2)
+    assert median_rates(found, cells[1]) == {"a": 32.0, "b": 8.0}
+    assert len(found["b", cells[1].what]) == 1
+    assert {len(job[0]) for job in jobs_of(journal, "b", 1)} == {16}
 
 
 def test_the_standard_cells():

@@ -95,7 +95,6 @@ def test_a_process_answers_jobs_whatever_its_libraries_print(start):
         worker.warmed()
         assert timing.first_tokens == (10, 20)
         assert timing.window_tokens == 4
-        assert timing.total_s >= timing.window_s
 
 
 def test_a_failed_job_tells_why_and_the_next_one_runs(start):
