@@ -105,7 +105,9 @@ class RequestView:
 
     @property
     def uncomputed(self) -> int:
-        """Known tokens without KV. A decoding request has exactly one."""
+        """Known tokens without KV. A decoding request has exactly one, less one for each step
+        in flight that works on it.
+        """
         return self.length - self.computed
 
     @property
@@ -128,7 +130,8 @@ class InstanceView:
       slots: KV tokens that its pool holds.
       free_slots: Slots in blocks that nobody holds (room in partly filled blocks is in
         `RequestView.tail`).
-      busy_seq: The newest step in flight that involves it, or None when it is idle.
+      busy_seq: The newest step in flight that involves it, or None when it is idle. Another
+        one may run before it, on the same group (`Plan.ahead`).
       prefill_seq: The newest prefill step that was launched on it, in flight or done; None
         before the first. With `RequestView.last_seq` it tells whose decoding was put off.
     """
@@ -271,11 +274,17 @@ class Plan:
       steps: To be submitted in this order; seq ascending from `Snapshot.next_seq`.
       preempt: Requests whose KV is dropped first; they wait and are computed anew.
       reject: Waiting requests that are turned away.
+      ahead: Groups that go on by themselves until the next plan: behind a decode step of such
+        a group, of this plan or in flight, the engine launches the next one with the same rows
+        before the first one's tokens are known. A group that is left out becomes idle when
+        what is in flight on it has ended. Nothing of the group can be preempted, moved or
+        regrouped before that, so leave out what anybody waits for.
     """
 
     steps: tuple[Step, ...] = ()
     preempt: tuple[RequestId, ...] = ()
     reject: tuple[Rejection, ...] = ()
+    ahead: frozenset[Group] = frozenset()
 
 
 class SampledToken(NamedTuple):
@@ -293,7 +302,8 @@ class StepResult:
       seq: The step.
       tokens: One for each row, or for each chunk with `last`, in the step's order.
       error: Why it failed; the KV on its group's instances is lost then. None: it ran.
-      started: When it was launched [s, executor clock].
+      started: When it was launched, or when the step ended that it was queued behind, if that
+        was later [s, executor clock].
       ended: When its tokens were on the host [s, executor clock].
     """
 

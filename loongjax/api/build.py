@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 from loongjax.config import EngineConfig
 from loongjax.engine import Engine
 from loongjax.errors import ConfigError
+from loongjax.executor.host_time import HostTime
 from loongjax.executor.protocol import Executor
 from loongjax.kvcache import BlockAllocator
 from loongjax.models.config import ModelConfig
@@ -29,6 +30,11 @@ class DeviceExecutor(Executor, Protocol):
     @property
     def topology(self) -> Topology:
         """The groups that it can run."""
+        ...
+
+    @property
+    def host_time(self) -> HostTime:
+        """What it shares with the engine whose thread calls it."""
         ...
 
     @property
@@ -77,6 +83,7 @@ def build_engine(model: str, config: EngineConfig, policy: Policy | None = None)
             # An answer's last token has no KV.
             max_model_len=config.max_model_len
             or min(resolved.config.max_positions, group_slots + 1),
+            host_time=executor.host_time,
             eos_ids={*resolved.config.eos_ids, *(tokenizer.eos_ids if tokenizer else ())},
         )
     except BaseException:

@@ -29,6 +29,7 @@ from loongjax.engine.messages import (
 )
 from loongjax.engine.state import State
 from loongjax.errors import StepError
+from loongjax.executor.host_time import HostTime
 from loongjax.executor.protocol import Executor
 from loongjax.kvcache import BlockAllocator
 from loongjax.plan import RequestId, Topology
@@ -41,6 +42,8 @@ class Engine:
     Attributes:
       limits: What a request may ask for.
       pool_slots: KV slots of each instance, as configured; whole blocks of them are used.
+      host_time: Where the loop's thread spends its time.
+      executor: Runs the steps. It is the loop's: not to be touched while anything runs.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Engine:
         vocab_size: int,
         max_model_len: int,
         eos_ids: Iterable[int] = (),
+        host_time: HostTime | None = None,
     ) -> None:
         """Starts the loop. From here on the executor belongs to the engine, which closes it.
 
@@ -64,6 +68,7 @@ class Engine:
           vocab_size: Token ids are in [0, vocab_size).
           max_model_len: Tokens of prompt and answer together.
           eos_ids: Tokens that end an answer, unless a request ignores them.
+          host_time: The executor's, if it has one: it knows more phases than the engine sees.
         """
         limits = executor.limits
         self.limits = Admission(
@@ -73,7 +78,9 @@ class Engine:
             instance_slots=allocator.slots,
             degree=max(topology.degrees),
         )
-        self._executor = executor
+        self.executor = executor
+        self._allocator = allocator
+        self.host_time = host_time or HostTime()
         self.pool_slots = allocator.slots
         self._front = Front(admission=self.limits, now=executor.now, wake=executor.wake)
         self._state = State(allocator=allocator, topology=topology, limits=limits)
@@ -84,6 +91,7 @@ class Engine:
             state=self._state,
             front=self._front,
             history=self._history,
+            host_time=self.host_time,
             eos_ids=frozenset(eos_ids),
         )
         self._thread = threading.Thread(target=self._loop.run, name="loongjax-engine", daemon=True)
@@ -97,7 +105,7 @@ class Engine:
 
     def now(self) -> float:
         """The clock of deadlines, timings and records [s]."""
-        return self._executor.now()
+        return self.executor.now()
 
     def submit(
         self, request: GenerationRequest, *, on_event: OnEvent | None = None
@@ -124,9 +132,12 @@ class Engine:
         self._front.abort(request_id)
 
     def stats(self) -> EngineStats:
-        """The engine as it was when it last planned, and its counters."""
+        """The engine as it was a moment ago, and its counters."""
         return self._history.stats(
-            self._state.published, self._executor.program_counts, alive=self.alive
+            self._state.published,
+            self.executor.program_counts,
+            self.host_time.times(),
+            alive=self.alive,
         )
 
     def steps(self) -> tuple[StepRecord, ...]:
@@ -144,6 +155,14 @@ class Engine:
     def pool_samples(self) -> tuple[PoolSample, ...]:
         """Every change of the KV pool's use, by time (up to 200,000 are kept)."""
         return self._history.pool()
+
+    def check_integrity(self) -> None:
+        """Proves the books of the KV pool; only while nothing runs, or after `close`.
+
+        Raises:
+          IntegrityError: With the numbers that do not match.
+        """
+        self._allocator.check_integrity()
 
     def close(self) -> None:
         """Aborts open requests, ends the loop and closes the executor. May be called again.

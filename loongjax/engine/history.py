@@ -20,6 +20,7 @@ from loongjax.engine.messages import (
     StepKind,
     StepRecord,
 )
+from loongjax.executor.host_time import PhaseTime
 from loongjax.plan import (
     DecodeStep,
     InstanceId,
@@ -153,7 +154,14 @@ class History:
             before = sorted(self._pool_before.values())
             return (*before, *self._pool)
 
-    def stats(self, snapshot: Snapshot, programs: ProgramCounts, *, alive: bool) -> EngineStats:
+    def stats(
+        self,
+        snapshot: Snapshot,
+        programs: ProgramCounts,
+        host: tuple[PhaseTime, ...],
+        *,
+        alive: bool,
+    ) -> EngineStats:
         """The counters, together with what `snapshot` and the executor show."""
         with self._lock:
             return EngineStats(
@@ -180,6 +188,7 @@ class History:
                 recomputed_requests=self._recomputed,
                 finished=tuple(sorted(self._finished.items())),
                 programs=programs,
+                host=host,
             )
 
     def _drop_oldest(self) -> None:

@@ -5,6 +5,10 @@ Runs on one thread and makes all calls to policy, allocator and executor. It wai
 while nothing happens it does nothing. New steps are submitted before the last ones' tokens
 are handed out, so that devices do not wait for callers.
 
+Where the policy lets a group go on (`Plan.ahead`), a decode step is queued behind the one that
+runs, and the policy is not asked again before there is news: input, an end, a failure, or an
+instance that became idle.
+
 Refuses to go on with a plan that breaks a rule: the policy is wrong then, and guessing
 would corrupt the pool. Every open request ends with an error and the engine is dead.
 """
@@ -26,8 +30,9 @@ from loongjax.engine.messages import (
 )
 from loongjax.engine.request import Request
 from loongjax.engine.state import State
+from loongjax.executor.host_time import HostTime
 from loongjax.executor.protocol import Executor, RequestInput
-from loongjax.plan import Plan, RequestId, Snapshot, Step, StepResult
+from loongjax.plan import Group, Plan, RequestId, Snapshot, Step, StepResult
 from loongjax.scheduler import validate
 from loongjax.scheduler.policy import Policy
 
@@ -35,6 +40,9 @@ _log = logging.getLogger(__name__)
 
 _POLL_S = 60.0
 """How long one poll may wait. Nothing depends on it: whatever happens ends the wait."""
+
+_PUBLISH_S = 0.25
+"""While steps run, what others may look at (`State.published`) is hardly older than this."""
 
 _MAX_FAILURES = 2
 """A request that this many failed steps hit is not tried again: it may be their cause."""
@@ -51,6 +59,7 @@ class Loop:
         state: State,
         front: Door,
         history: History,
+        host_time: HostTime,
         eos_ids: frozenset[int],
     ) -> None:
         self._executor = executor
@@ -58,9 +67,12 @@ class Loop:
         self._state = state
         self._front = front
         self._history = history
+        self._host_time = host_time
         self._eos_ids = eos_ids
         self._outbox: list[tuple[RequestHandle, Event]] = []
         self._lost: dict[RequestId, tuple[Request, Step, str]] = {}
+        self._ahead: frozenset[Group] = frozenset()
+        self._published_at = executor.now()
         self.alive = True
         self.close_error: Exception | None = None
 
@@ -82,13 +94,20 @@ class Loop:
         """Serves until the front closes, in the caller's thread; raises whatever breaks it."""
         results: list[StepResult] = []
         while not self._front.closing:
-            changed = self._take_inbox()
+            self._host_time.begin()
+            news = self._take_inbox()
             for result in results:
-                self._land(result)
-            if changed or results:
+                news = self._land(result) or news
+            self._host_time.lap("landing")
+            if news:
                 self._history.add_pool(self._executor.now(), self._state.used())
                 self._plan()
-                self._deliver()
+            elif self._executor.now() - self._published_at > _PUBLISH_S:
+                self._snapshot()
+            self._run_ahead()
+            self._host_time.lap("planning")
+            self._deliver()
+            self._host_time.lap("delivering")
             results = self._executor.poll(_POLL_S)
 
     # Input
@@ -130,12 +149,13 @@ class Loop:
     def _plan(self) -> None:
         """Plans until steps are submitted or there is nothing to do now."""
         while True:
-            snapshot = self._state.snapshot()
+            snapshot = self._snapshot()
             if not self._state.open:
                 return
             plan = self._policy.schedule(self._executor.now(), snapshot)
             validate(snapshot, plan)
             self._carry_out(plan)
+            self._ahead = plan.ahead
             if plan.steps:
                 return
             if plan.preempt or plan.reject:
@@ -143,6 +163,10 @@ class Loop:
             if self._state.flying or self._front.has_input:
                 return
             self._fail_stuck(snapshot)
+
+    def _snapshot(self) -> Snapshot:
+        self._published_at = self._executor.now()
+        return self._state.snapshot()
 
     def _carry_out(self, plan: Plan) -> None:
         for rejection in plan.reject:
@@ -154,10 +178,29 @@ class Loop:
         if plan.preempt:
             self._history.add_pool(self._executor.now(), self._state.used())
         for step in plan.steps:
-            now = self._executor.now()
-            slots = self._state.launch(step, now)
-            self._history.add_pool(now, self._state.used(step.group))
-            self._executor.submit(step, slots)
+            self._launch(step)
+
+    def _run_ahead(self) -> None:
+        """Queues steps behind the decode steps of groups that may go on."""
+        if self._lost:  # what is queued behind a failed step has to end first
+            return
+        for group in self._ahead:
+            queue = self._state.queue(group)
+            while 0 < len(queue) <= self._executor.limits.steps_ahead:
+                following = self._state.continuation(queue[-1])
+                if following is None:
+                    break
+                self._launch(following)
+                queue.append(following)
+
+    def _launch(self, step: Step) -> None:
+        self._host_time.lap("planning")
+        now = self._executor.now()
+        slots = self._state.launch(step, now)
+        self._history.add_pool(now, self._state.used(step.group))
+        self._host_time.lap("tables")
+        self._executor.submit(step, slots)
+        self._host_time.lap("launch")
 
     def _fail_stuck(self, snapshot: Snapshot) -> None:
         """Ends the oldest request: an idle engine that plans nothing would hang for ever."""
@@ -177,8 +220,10 @@ class Loop:
 
     # Results
 
-    def _land(self, result: StepResult) -> None:
+    def _land(self, result: StepResult) -> bool:
+        """Books a result; says whether the policy should know."""
         step, ended = self._state.land(result.seq)
+        before = len(self._state.open)
         self._history.add_step(step, result)
         for gone in ended:
             self._forget(gone)
@@ -187,8 +232,10 @@ class Loop:
         self._drop_lost_kv()
         for sampled in result.tokens:
             request = self._state.open.get(sampled.request)
-            if request is not None:  # else it was aborted while the step ran
+            if request is not None:  # else it had ended already: nobody hears of this token
                 self._accept(request, sampled.token, result.ended)
+        someone_ended = bool(ended) or len(self._state.open) < before
+        return someone_ended or result.error is not None or not self._state.queue(step.group)
 
     def _accept(self, request: Request, token: int, time: float) -> None:
         reason = request.append(token, time)
@@ -202,14 +249,17 @@ class Loop:
     def _fail_step(self, step: Step, error: str) -> None:
         _log.error("step %d on group %s failed: %s", step.seq, step.group, error)
         for request in self._state.victims(step):
+            before = self._lost.get(request.id)
+            if before is not None and before[1].group == step.group:
+                continue  # the step was queued behind the one that lost it
             request.failures += 1
             self._lost[request.id] = (request, step, error)
 
     def _drop_lost_kv(self) -> None:
         """Lets those who lost KV to a failed step wait again, or gives them up.
 
-        Whose KV moves elsewhere at the time has to wait for that: nothing may be freed that
-        a step in flight reads or writes.
+        Whom another step works on has to wait for that, be it queued behind the one that failed
+        or a move elsewhere: nothing may be freed that a step in flight reads or writes.
         """
         lost, self._lost = self._lost, {}
         for name, (request, step, error) in lost.items():

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeAlias
 
+from loongjax.executor.host_time import PhaseTime
 from loongjax.plan import Group, InstanceId, RequestId, Share
 from loongjax.programs.counts import ProgramCounts
 from loongjax.sampling.params import SamplingParams
@@ -171,7 +172,7 @@ class StepCount:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStats:
-    """The engine as it was when it last planned, and what it did since it started.
+    """The engine as it was a moment ago, and what it did since it started.
 
     Attributes:
       alive: Whether it takes requests.
@@ -186,6 +187,7 @@ class EngineStats:
       recomputed_requests: How often a request lost its KV to a failed step and was requeued.
       finished: Ended requests as (reason, count), by reason.
       programs: How the executor's programs came to be.
+      host: Where the engine's thread spent its time.
     """
 
     alive: bool
@@ -200,3 +202,4 @@ class EngineStats:
     recomputed_requests: int
     finished: tuple[tuple[FinishReason, int], ...]
     programs: ProgramCounts
+    host: tuple[PhaseTime, ...]

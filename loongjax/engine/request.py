@@ -23,7 +23,7 @@ class Request:
       submission: What came in.
       stop_ids: Tokens that end it.
       generated: Tokens produced so far.
-      in_flight: The step that works on it, or None.
+      in_flight: The newest step in flight that works on it, or None.
       last_seq: The newest step that computed for it, or None.
       failures: Failed steps that cost it its KV.
       ended: It has an end, though a step may still work on it.
@@ -51,6 +51,11 @@ class Request:
     def handle(self) -> RequestHandle:
         """The caller's end."""
         return self.submission.handle
+
+    @property
+    def peak(self) -> int:
+        """See `RequestView.peak`."""
+        return len(self.submission.request.token_ids) + self.submission.max_tokens - 1
 
     def append(self, token: int, time: float) -> FinishReason | None:
         """Takes a token that was on the host at `time`; says whether it ends the request."""

@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+from loongjax.engine.ahead import continue_step
 from loongjax.engine.request import Request
 from loongjax.engine.views import Views
 from loongjax.executor.protocol import ExecutorLimits
 from loongjax.kvcache import BlockAllocator
 from loongjax.kvcache.messages import SlotPlan
 from loongjax.plan import (
+    DecodeStep,
+    Group,
     InstanceId,
     InstanceView,
     MigrateStep,
@@ -34,7 +37,8 @@ class State:
 
     Attributes:
       open: Requests without an end, by arrival.
-      flying: Steps in flight, by seq.
+      flying: Steps in flight, by seq. Those on different groups share no instance; of one
+        group there may be several, each queued behind the one before.
       published: The newest snapshot.
     """
 
@@ -100,19 +104,42 @@ class State:
         return slots
 
     def land(self, seq: int) -> tuple[Step, list[Request]]:
-        """A step ended: the step, and those of its requests that ended while it ran."""
+        """A step ended: the step, and those of its requests that ended before it did, unless
+        another step works on them still.
+        """
         step = self.flying.pop(seq)
         self._version += 1
         ended = []
         for name in step_requests(step):
-            if request := self.open.get(name):
-                request.in_flight = None
+            request = self.open.get(name) or self._ending[name]
+            if not request.ended:
                 self._views.stale.add(name)
+            if request.in_flight != seq:
+                continue
+            request.in_flight = None
+            if request.ended:
+                ended.append(self._ending.pop(name))
+            else:
                 self._in_flight.discard(name)
-            elif request := self._ending.pop(name, None):
-                request.in_flight = None
-                ended.append(request)
         return step, ended
+
+    def queue(self, group: Group) -> list[DecodeStep]:
+        """The decode steps in flight on a group, in the order of their launches."""
+        return [
+            step
+            for step in self.flying.values()
+            if step.group == group and isinstance(step, DecodeStep)
+        ]
+
+    def continuation(self, step: DecodeStep) -> DecodeStep | None:
+        """What may be launched behind `step`, the newest on its group (`continue_step`)."""
+        return continue_step(
+            step, seq=self._next_seq, goes_on=self._goes_on, fits=self._allocator.fits
+        )
+
+    def _goes_on(self, name: RequestId) -> bool:
+        request = self.open.get(name)
+        return request is not None and self._allocator.computed(name) < request.peak
 
     def release_kv(self, request: Request) -> None:
         """Frees a request's slots."""
@@ -125,8 +152,9 @@ class State:
     def victims(self, step: Step) -> list[Request]:
         """Open requests that lose KV when `step` fails: it ran them, or shares an instance.
 
-        Groups in flight are disjoint, and those of computing steps hold all KV of their
-        requests. So none of these is in another step in flight, unless that moves its KV.
+        Different groups in flight are disjoint, and those of computing steps hold all KV of
+        their requests. So none of these is in another step in flight, unless that moves its KV
+        or is queued behind `step`.
         """
         group = set(step.group)
         ran = set(step_requests(step))

@@ -7,6 +7,7 @@ program slices the same places.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from math import prod
 from typing import Literal, TypeAlias, TypeVar
 
@@ -28,21 +29,27 @@ class MetaLayout:
     """
 
     def __init__(self, fields: Mapping[str, tuple[int, ...]]) -> None:
-        self._fields = dict(fields)
-        self.size = sum(prod(shape) for shape in self._fields.values())
+        self._places: dict[str, tuple[slice, tuple[int, ...]]] = {}
+        self.size = 0
+        for name, shape in fields.items():
+            end = self.size + prod(shape)
+            self._places[name] = slice(self.size, end), shape
+            self.size = end
 
     def views(self, vector: _Vector) -> dict[str, _Vector]:
         """The fields of one rank's vector; views of it in numpy, slices under jax."""
-        found, at = {}, 0
-        for name, shape in self._fields.items():
-            found[name] = vector[at : at + prod(shape)].reshape(shape)
-            at += prod(shape)
-        return found
+        return {name: vector[at].reshape(shape) for name, (at, shape) in self._places.items()}
+
+    def of_all_ranks(self, vectors: np.ndarray, name: str) -> np.ndarray:
+        """One field of all ranks, `[n, ...]`; a view of their vectors `[n, size]`."""
+        at, shape = self._places[name]
+        return vectors[:, at].reshape(len(vectors), *shape)
 
 
 Meta: TypeAlias = Mapping[str, Int32[Array, "..."]]
 
 
+@cache
 def meta_layout(kind: Kind, n: int, size: int, rows: int) -> MetaLayout:
     """The inputs of one rank of a program of degree n; `size` is its bucket.
 

@@ -70,6 +70,6 @@ def create_executor(model: ModelConfig, source: WeightSource, config: EngineConf
         shapes=shapes,
         grid=grid,
         topology=topology,
-        limits=ExecutorLimits(max_chunk_tokens=chunk_tokens, max_rows=_MAX_ROWS),
+        limits=ExecutorLimits(max_chunk_tokens=chunk_tokens, max_rows=_MAX_ROWS, steps_ahead=1),
         store=ProgramStore(config.program_dir or default_folder()),
     )

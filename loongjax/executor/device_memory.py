@@ -1,7 +1,9 @@
 """What lies on the devices between steps: weights, KV pools and block tables.
 
 Owns one pool for each device and lends them out as a group's global arrays. A pool is
-donated to each step and comes back from it at the same address; nothing is ever copied.
+donated to each step and comes back from it at the same address; nothing is ever copied. A
+group's arrays stay together until another group needs one of its instances: taking apart and
+putting together costs more than all other work around a launch.
 """
 
 from __future__ import annotations
@@ -27,25 +29,37 @@ class DeviceMemory:
         self._shapes = shapes
         self._weights = weights
         self._weight_views: dict[Group, PyTree[Array]] = {}
+        # The pool of an instance is either in its devices' pools, or in that of one group.
         self._pools: dict[jax.Device, KVPool] = {}
-        for instance in range(len(grid)):
-            self.rebuild(instance)
+        self._together: dict[Group, KVPool] = {}
+        self._group_of: dict[InstanceId, Group] = {}
+        self.rebuild(tuple(range(len(grid))))
 
-    def rebuild(self, instance: InstanceId) -> None:
-        """Replaces an instance's pool by an empty one: at the start, and after a failed
-        step, which took the old one with it.
+    def rebuild(self, group: Group) -> None:
+        """Replaces the pools of some instances by empty ones: at the start, and after a failed
+        step, which took the old ones with it.
         """
+        for instance in group:
+            together = self._group_of.get(instance)
+            if together == group:
+                self._forget_group(group)  # perhaps donated and lost: not to be touched
+            elif together is not None:
+                self._split(together)
+        for instance in group:
+            for device in self._grid[instance]:
+                self._pools[device] = self._new_pool(device)
+
+    def _new_pool(self, device: jax.Device) -> KVPool:
         c, tp = self._shapes.config, self._shapes.tp
-        for device in self._grid[instance]:
-            self._pools[device] = new_pool(
-                device,
-                layers=c.layers,
-                slots=self._shapes.slots,
-                kv_heads=c.kv_heads // tp,
-                head_dim=c.head_dim,
-                dtype=jnp.dtype(self._shapes.stored_dtype),
-                table_entries=self._shapes.table_entries,
-            )
+        return new_pool(
+            device,
+            layers=c.layers,
+            slots=self._shapes.slots,
+            kv_heads=c.kv_heads // tp,
+            head_dim=c.head_dim,
+            dtype=jnp.dtype(self._shapes.stored_dtype),
+            table_entries=self._shapes.table_entries,
+        )
 
     def weights_of(self, group: Group) -> PyTree[Array]:
         """The weights as arrays over a group; put together once and kept."""
@@ -61,35 +75,65 @@ class DeviceMemory:
 
     def pool_of(self, group: Group) -> KVPool:
         """The pool as arrays over a group, to be donated to a step."""
+        together = self._together.get(group)
+        if together is not None:
+            return together
+        for instance in group:
+            if instance in self._group_of:
+                self._split(self._group_of[instance])
         mesh = self.meshes[group]
         pools = [self._pools[device] for device in mesh.devices.flat]
-        return KVPool(
+        whole = KVPool(
             *(
                 assemble(mesh, spec, [pool[leaf] for pool in pools])
                 for leaf, spec in enumerate(POOL_SPECS)
             )
         )
+        self.keep_pool(group, whole)
+        return whole
 
-    def keep_pool(self, pool: KVPool) -> None:
-        """Takes back what a step returned for the pool it was given."""
-        k, v, table = (take_apart(leaf) for leaf in pool)
-        for device in k:
-            self._pools[device] = KVPool(k=k[device], v=v[device], table=table[device])
+    def keep_pool(self, group: Group, pool: KVPool) -> None:
+        """Takes back what a step returned for the pool that it was given."""
+        if group not in self._together:
+            self._group_of |= dict.fromkeys(group, group)
+        self._together[group] = pool
 
     def replace_table(self, instance: InstanceId, table: object) -> None:
         """Sends an instance's whole block table, int32 [N, 3]."""
+        if instance in self._group_of:
+            self._split(self._group_of[instance])
         for device in self._grid[instance]:
             self._pools[device] = self._pools[device]._replace(table=jax.device_put(table, device))
 
     def pool_pointers(self) -> dict[int, tuple[int, int]]:
         """Addresses of K and V by device id; steps must not change them."""
+        pools = dict(self._pools)
+        for pool in self._together.values():
+            pools |= _by_device(pool)
         return {
             device.id: (pool.k.unsafe_buffer_pointer(), pool.v.unsafe_buffer_pointer())
-            for device, pool in self._pools.items()
+            for device, pool in pools.items()
         }
 
     def release(self) -> None:
         """Drops every reference to device memory."""
         self._pools.clear()
+        self._together.clear()
+        self._group_of.clear()
         self._weight_views.clear()
         del self._weights
+
+    def _split(self, group: Group) -> None:
+        """Takes a group's arrays apart, so that others can be put together of them."""
+        self._pools |= _by_device(self._together[group])
+        self._forget_group(group)
+
+    def _forget_group(self, group: Group) -> None:
+        del self._together[group]
+        for instance in group:
+            del self._group_of[instance]
+
+
+def _by_device(pool: KVPool) -> dict[jax.Device, KVPool]:
+    k, v, table = (take_apart(leaf) for leaf in pool)
+    return {device: KVPool(k=k[device], v=v[device], table=table[device]) for device in k}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from jaxtyping import Int32
@@ -180,54 +181,94 @@ def _slots_by_token(
     return found
 
 
-def decode_inputs(
-    spec: ProgramSpec,
-    step: DecodeStep,
-    slots: DecodeSlots,
-    logs: Mapping[RequestId, TokenLog],
-    tables: Sequence[BlockTable],
-    trash: int,
-    running: Mapping[RequestId, int],
-) -> StepInputs:
-    """Fills the vectors of a decode step; `tables[rank]` are the block tables of its group.
+class DecodeFrame:
+    """What decode steps with the same rows have in common; `inputs` fills in the rest.
 
-    The tables know the new tokens' slots already. Their pending updates are not taken here.
-    `running` has the places, in the output of the group's last decode step, of tokens that
-    are not on the host yet.
+    While a group goes on as it is, a step costs one copy and one scatter of its few changing
+    numbers, whatever its degree.
 
-    Raises StepError for a row whose token is neither known nor to come from there.
+    Attributes:
+      rows: Those of the steps that it serves.
+      spec: Their program.
     """
-    layout, rank_of = spec.layout, {inst: rank for rank, inst in enumerate(step.group)}
-    meta = np.zeros((spec.degree, layout.size), np.int32)
-    fields = [layout.views(vector) for vector in meta]
-    for field in fields:
-        field["write"][:] = trash
-        field["source"][:] = NO_TOKEN
-    filled = [0] * spec.degree
-    rows = []
-    for row, slot, position in zip(step.rows, slots.slots, slots.positions, strict=True):
-        master = rank_of[row.master]
-        local, log = filled[master], logs[row.request]
-        place = master * spec.rows + local
-        filled[master] += 1
-        if position < len(log):
-            fields[master]["token"][local] = log[position]
-        elif row.request in running:
-            fields[master]["source"][local] = running[row.request]
-        else:
-            raise StepError(
-                f"step {step.seq}: the token at position {position} of request {row.request!r} is "
-                f"neither known nor an output of the last decode step on group {step.group}"
-            )
-        _sampling(fields[master], local, log, position + 1)
-        fields[rank_of[row.home]]["write"][place] = slot
-        for field, table in zip(fields, tables, strict=True):
-            field["position"][place] = position
-            field["start"][place], field["entries"][place] = table.region(row.request)
-        rows.append((row.request, place))
-    for field in fields:
-        field["rows_used"][...] = max(filled)
-    return StepInputs(metas=(meta,), rows=tuple(rows))
+
+    def __init__(
+        self,
+        spec: ProgramSpec,
+        step: DecodeStep,
+        logs: Mapping[RequestId, TokenLog],
+        trash: int,
+    ) -> None:
+        """`trash` is the slot for what is not kept."""
+        self.spec = spec
+        self.rows = step.rows
+        layout, rank_of = spec.layout, {inst: rank for rank, inst in enumerate(step.group)}
+        self._names = [row.request for row in step.rows]
+        self._logs = [logs[name] for name in self._names]
+        filled = [0] * spec.degree
+        places = []
+        for row in step.rows:
+            master = rank_of[row.master]
+            places.append(master * spec.rows + filled[master])
+            filled[master] += 1
+        self._places = tuple(zip(self._names, places, strict=True))
+        meta = self._meta = np.zeros((spec.degree, layout.size), np.int32)
+        at = np.array(places)
+        mine = np.divmod(at, spec.rows)  # (rank, row) of the master
+        field = partial(layout.of_all_ranks, meta)
+        field("temperature")[mine] = [log.temperature_bits for log in self._logs]
+        field("seed")[mine] = [log.seed for log in self._logs]
+        field("rows_used")[:] = max(filled)
+        field("write")[:] = trash
+        field("source")[:] = NO_TOKEN
+        # Where the numbers of a step stand, in the order in which `inputs` lists them.
+        place = partial(layout.of_all_ranks, np.arange(meta.size).reshape(meta.shape))
+        home = [rank_of[row.home] for row in step.rows]
+        changing = [place(name)[mine] for name in ("token", "source", "sample_position")]
+        changing.append(place("write")[home, at])
+        for rank in range(spec.degree):
+            changing += [place(name)[rank, at] for name in ("position", "start", "entries")]
+        self._changing = np.concatenate(changing)
+
+    def inputs(
+        self,
+        step: DecodeStep,
+        slots: DecodeSlots,
+        tables: Sequence[BlockTable],
+        running: Mapping[RequestId, int],
+    ) -> StepInputs:
+        """Fills the vectors of a decode step; `tables[rank]` are the block tables of its group.
+
+        The tables know the new tokens' slots already. Their pending updates are not taken here.
+        `running` has the places, in the output of the group's last decode step, of tokens that
+        are not on the host yet.
+
+        Raises StepError for a row whose token is neither known nor to come from there.
+        """
+        positions = slots.positions
+        tokens, sources = [], []
+        for name, log, position in zip(self._names, self._logs, positions, strict=True):
+            if position < len(log):
+                tokens.append(log[position])
+                sources.append(NO_TOKEN)
+            elif name in running:
+                tokens.append(0)
+                sources.append(running[name])
+            else:
+                raise StepError(
+                    f"step {step.seq}: the token at position {position} of request {name!r} is "
+                    "neither known nor an output of the last decode step on group "
+                    f"{step.group}"
+                )
+        numbers = [*tokens, *sources, *[position + 1 for position in positions], *slots.slots]
+        for table in tables:
+            regions = [table.region(name) for name in self._names]
+            numbers += positions
+            numbers += [start for start, _ in regions]
+            numbers += [entries for _, entries in regions]
+        meta = self._meta.copy()
+        meta.reshape(-1)[self._changing] = numbers
+        return StepInputs(metas=(meta,), rows=self._places)
 
 
 def migrate_inputs(

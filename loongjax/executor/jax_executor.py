@@ -1,8 +1,11 @@
 """Runs steps on devices, through compiled programs and jax's asynchronous dispatch.
 
-`submit` launches and returns; a thread for each step in flight waits for its tokens.
-Programs on overlapping devices must be launched in one order everywhere, or they wait for
-each other forever: one lock in the process orders all launches, also those of other engines.
+`submit` launches and returns; other threads wait for the tokens (`waiting`). Programs on
+overlapping devices must be launched in one order everywhere, or they wait for each other
+forever: one lock in the process orders all launches, also those of other engines.
+
+A decode step may be queued behind one of the same group whose tokens are not known: its program
+takes them from the last one's output, which stays on the devices.
 """
 
 from __future__ import annotations
@@ -12,8 +15,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,29 +24,31 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from loongjax.cluster.mesh import DeviceGrid
+from loongjax.errors import StepError
 from loongjax.esp.history import Trips, history_trips
 from loongjax.executor.device_memory import DeviceMemory
+from loongjax.executor.host_time import HostTime
 from loongjax.executor.inputs import (
+    DecodeFrame,
     StepInputs,
     TokenLog,
     add_history,
-    decode_inputs,
     migrate_inputs,
     prefill_inputs,
     stripe_tokens,
 )
 from loongjax.executor.protocol import ExecutorLimits, RequestInput
+from loongjax.executor.waiting import Launched, Waiters, failure
 from loongjax.kvcache.messages import DecodeSlots, MigrateSlots, PrefillSlots, SlotPlan
-from loongjax.kvcache.pool import KVPool
 from loongjax.kvcache.tables import BlockTable
 from loongjax.models.placement import PlacedWeights
 from loongjax.plan import (
     DecodeStep,
     Group,
+    InstanceId,
     MigrateStep,
     PrefillStep,
     RequestId,
-    SampledToken,
     Step,
     StepResult,
     Topology,
@@ -59,16 +63,6 @@ from pallas_kernels.paged_attention import chunk_entries
 
 _log = logging.getLogger(__name__)
 _LAUNCH_ORDER = threading.Lock()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Launched:
-    """A step that runs: its tokens will stand in `tokens`."""
-
-    step: Step
-    inputs: StepInputs
-    tokens: jax.Array
-    started: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,16 +98,14 @@ class JaxExecutor:
         self._tables = [self._new_table() for _ in grid]
         self._logs: dict[RequestId, TokenLog] = {}
         self._outputs: dict[Group, _Output] = {}  # of each group's last decode step
-        self._groups: dict[int, Group] = {}
+        self._frames: dict[Group, DecodeFrame] = {}
+        self._zeros: dict[tuple[Group, int], jax.Array] = {}
+        self._groups: dict[int, Group] = {}  # of steps in flight
+        self._broken: set[InstanceId] = set()  # where a launch failed that is not settled yet
+        self._doomed: set[int] = set()  # steps in flight behind one that failed
         self._results: queue.SimpleQueue[StepResult | None] = queue.SimpleQueue()
-        # Not a ThreadPoolExecutor: Python stops those before exit handlers can close engines.
-        self._launched: queue.SimpleQueue[_Launched | None] = queue.SimpleQueue()
-        self._waiters = [
-            threading.Thread(target=self._wait, name=f"loongjax-step-{i}", daemon=True)
-            for i in range(len(grid))  # disjoint groups: no more steps than instances run
-        ]
-        for waiter in self._waiters:
-            waiter.start()
+        self._waiters = Waiters(len(grid), self.now, self._results.put)
+        self.host_time = HostTime()
 
     @property
     def limits(self) -> ExecutorLimits:
@@ -141,12 +133,18 @@ class JaxExecutor:
     def submit(self, step: Step, slots: SlotPlan) -> None:
         """Launches a step. Compiles its program first if nobody needed it before."""
         self._groups[step.seq] = step.group
+        started = self.now()
+        item: Launched | StepResult
         try:
-            program = self.programs.get(self.spec_for(step), step.group)
-            self._launched.put(self._launch(program, step, slots))
+            if not self._broken.isdisjoint(step.group):
+                raise StepError(f"a step before it on group {step.group} failed")
+            item = self._launch(step, slots, started)
         except Exception as error:
             _log.exception("step %d failed to start", step.seq)
-            self._results.put(self._failure(step, error, self.now()))
+            self._broken.update(step.group)
+            item = failure(step.seq, error, started, self.now())
+        self._waiters.add(step.group, item)
+        self.host_time.lap("launch")
 
     def poll(self, timeout: float) -> list[StepResult]:
         """Finished steps; waits up to `timeout` seconds for the first."""
@@ -157,9 +155,10 @@ class JaxExecutor:
                 messages.append(self._results.get_nowait())
         except queue.Empty:
             results = [message for message in messages if message is not None]
-        for result in results:
-            self._settle(result)
-        return results
+        self.host_time.begin()
+        settled = [self._settle(result) for result in results]
+        self.host_time.lap("landing")
+        return settled
 
     def wake(self) -> None:
         """Ends a waiting `poll`."""
@@ -177,11 +176,9 @@ class JaxExecutor:
 
     def close(self) -> None:
         """Waits for what runs, and gives device memory back."""
-        for _ in self._waiters:
-            self._launched.put(None)
-        for waiter in self._waiters:
-            waiter.join()
+        self._waiters.close()
         self._outputs.clear()
+        self._zeros.clear()
         self.programs.clear()
         self.memory.release()
 
@@ -214,20 +211,31 @@ class JaxExecutor:
 
     # ---- a step's way to the devices and back ----------------------------------------
 
-    def _launch(
-        self, program: Callable[..., tuple[KVPool, jax.Array]], step: Step, slots: SlotPlan
-    ) -> _Launched:
-        started, group = self.now(), step.group
-        inputs, before, after = self._prepare(self.spec_for(step), step, slots)
-        sharding = NamedSharding(self.memory.meshes[group], META_SPEC)
+    def _launch(self, step: Step, slots: SlotPlan, started: float) -> Launched:
+        spec, group = self.spec_for(step), step.group
+        program = self.programs.get(spec, group)
+        inputs, before, after = self._prepare(spec, step, slots)
+        self.host_time.lap("tables")
         for vectors in inputs.metas:
-            meta = jax.device_put(vectors, sharding)
+            meta = self._to_devices(vectors, group)
             with _LAUNCH_ORDER:
-                pool, tokens = program(*before, self.memory.pool_of(group), meta, *after)
-                self.memory.keep_pool(pool)
+                pool = self.memory.pool_of(group)
+                self.host_time.lap("launch")
+                pool, tokens = program(*before, pool, meta, *after)
+                self.host_time.lap("call")
+                self.memory.keep_pool(group, pool)
         if isinstance(step, DecodeStep):
             self._outputs[group] = _Output(tokens=tokens, places=dict(inputs.rows))
-        return _Launched(step=step, inputs=inputs, tokens=tokens, started=started)
+        return Launched(seq=step.seq, rows=inputs.rows, tokens=tokens, started=started)
+
+    def _to_devices(self, vectors: np.ndarray, group: Group) -> np.ndarray | jax.Array:
+        """Inputs where the group's program wants them. One device takes them with the call; for
+        several it is faster to send them before.
+        """
+        mesh = self.memory.meshes[group]
+        if mesh.size == 1:
+            return vectors
+        return jax.device_put(vectors, NamedSharding(mesh, META_SPEC))
 
     def _prepare(
         self, spec: ProgramSpec, step: Step, slots: SlotPlan
@@ -251,7 +259,10 @@ class JaxExecutor:
             case DecodeStep(), DecodeSlots():
                 self._append_tokens(step, slots)
                 last = self._last_output(spec, group)
-                inputs = decode_inputs(spec, step, slots, self._logs, tables, trash, last.places)
+                frame = self._frames.get(group)
+                if frame is None or frame.rows is not step.rows or frame.spec != spec:
+                    frame = self._frames[group] = DecodeFrame(spec, step, self._logs, trash)
+                inputs = frame.inputs(step, slots, tables, last.places)
                 self._update_tables(spec, group, inputs)
                 return inputs, (self.memory.weights_of(group),), (last.tokens,)
             case MigrateStep(), MigrateSlots():
@@ -263,18 +274,15 @@ class JaxExecutor:
 
     def _append_tokens(self, step: DecodeStep, slots: DecodeSlots) -> None:
         for row, slot, position in zip(step.rows, slots.slots, slots.positions, strict=True):
-            entry = np.array([[slot, position, 1]], np.int32)
-            self._tables[row.home].append(row.request, entry)
+            self._tables[row.home].append_token(row.request, slot, position)
 
     def _update_tables(self, spec: ProgramSpec, group: Group, inputs: StepInputs) -> None:
         """Brings the devices' block tables up to date: a few entries go along with the
         step, a table with many changes is sent whole.
         """
-        layout = spec.layout
-        spare_entry = self._shapes.table_entries - 1
-        for rank, instance in enumerate(group):
-            field = layout.views(inputs.metas[0][rank])["update"]
-            field[:, 0] = spare_entry
+        fields = spec.layout.of_all_ranks(inputs.metas[0], "update")
+        fields[:, :, 0] = self._shapes.table_entries - 1  # a spare one
+        for field, instance in zip(fields, group, strict=True):
             table = self._tables[instance]
             batch = table.take_updates(len(field))
             if batch is None:
@@ -313,44 +321,31 @@ class JaxExecutor:
         last = self._outputs.get(group)
         if last is not None and last.tokens.shape == (spec.degree * spec.rows,):
             return last
-        zeros = np.zeros(spec.degree * spec.rows, np.int32)
-        sharding = NamedSharding(self.memory.meshes[group], TOKEN_SPEC)
-        return _Output(tokens=jax.device_put(zeros, sharding), places={})
+        zeros = self._zeros.get((group, spec.rows))
+        if zeros is None:
+            sharding = NamedSharding(self.memory.meshes[group], TOKEN_SPEC)
+            zeros = jax.device_put(np.zeros(spec.degree * spec.rows, np.int32), sharding)
+            self._zeros[group, spec.rows] = zeros
+        return _Output(tokens=zeros, places={})
 
-    def _wait(self) -> None:
-        """In threads of its own: waits for the tokens of one launched step after another."""
-        while (launched := self._launched.get()) is not None:
-            self._results.put(self._result(launched))
-
-    def _result(self, launched: _Launched) -> StepResult:
-        step, started = launched.step, launched.started
-        try:
-            found = np.asarray(launched.tokens)
-        except Exception as error:
-            _log.exception("step %d failed", step.seq)
-            return self._failure(step, error, started)
-        return StepResult(
-            seq=step.seq,
-            tokens=tuple(SampledToken(name, int(found[at])) for name, at in launched.inputs.rows),
-            started=started,
-            ended=self.now(),
-        )
-
-    def _failure(self, step: Step, error: Exception, started: float) -> StepResult:
-        text = f"{type(error).__name__}: {error}"
-        return StepResult(seq=step.seq, error=text, started=started, ended=self.now())
-
-    def _settle(self, result: StepResult) -> None:
+    def _settle(self, result: StepResult) -> StepResult:
         """Notes what a finished step changed; in the engine's thread."""
         group = self._groups.pop(result.seq)
+        if result.seq in self._doomed:
+            self._doomed.remove(result.seq)
+            error = result.error or f"a step before it on group {group} failed"
+            return replace(result, tokens=(), error=error)
         for request, token in result.tokens:
             if request in self._logs:
                 self._logs[request].append(token)
         if result.error is not None:
+            self._doomed.update(seq for seq, other in self._groups.items() if other == group)
+            self._broken.difference_update(group)
             self._outputs.pop(group, None)
+            self.memory.rebuild(group)
             for instance in group:
-                self.memory.rebuild(instance)
                 self._tables[instance] = self._new_table()
+        return result
 
     def _new_table(self) -> BlockTable:
         block_size = self._shapes.block_size

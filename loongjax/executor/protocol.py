@@ -36,10 +36,14 @@ class ExecutorLimits:
     Attributes:
       max_chunk_tokens: Prompt tokens for each rank of a prefill step.
       max_rows: Rows for each rank of a decode step; also chunks in a prefill step.
+      steps_ahead: How many decode steps of a group it takes behind one of the same group
+        whose tokens are not known yet. The rows of each are among those of the one before,
+        with the same masters. 0: it waits for every step.
     """
 
     max_chunk_tokens: int
     max_rows: int
+    steps_ahead: int = 0
 
 
 @runtime_checkable
@@ -69,7 +73,8 @@ class Executor(Protocol):
         ...
 
     def poll(self, timeout: float) -> list[StepResult]:
-        """Results of finished steps, in the order they finished.
+        """Results of finished steps, in the order they finished; those of one group in the
+        order of their launches. What is queued behind a step that failed fails too.
 
         Waits at most `timeout` seconds for the first, less if `wake` is called.
         """

@@ -13,6 +13,7 @@ slots may be freed (the engine knows which steps are in flight).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple, overload
 
@@ -193,6 +194,14 @@ class BlockAllocator:
         """Slots in blocks that someone holds, filled or not."""
         return self.usable - self.free_slots(instance)
 
+    def fits(self, step: DecodeStep) -> bool:
+        """Whether its homes have room for the tokens of all rows, each named once. O(rows)."""
+        wanted: Counter[InstanceId] = Counter()
+        for request, _, home in step.rows:
+            if not self._in_tail(self._held.get(request), home):
+                wanted[home] += 1
+        return all(blocks <= self._blocks[home].free for home, blocks in wanted.items())
+
     def check_integrity(self) -> None:
         """Proves the books. O(all blocks), for tests and idle moments.
 
@@ -209,8 +218,7 @@ class BlockAllocator:
         in_tail: list[bool] = []
         for request, _, home in step.rows:
             self._check_instance(step, request, home)
-            kv = held.get(request)
-            fits = kv is not None and kv.last_instance == home and self._room(kv) > 0
+            fits = self._in_tail(held.get(request), home)
             in_tail.append(fits)
             if not fits:
                 wanted[home] += 1
@@ -353,6 +361,10 @@ class BlockAllocator:
             del runs[source]
 
     # ---- checks ----------------------------------------------------------------------
+
+    def _in_tail(self, kv: Holding | None, home: InstanceId) -> bool:
+        """Whether a request's next token needs no new block on `home`."""
+        return kv is not None and kv.last_instance == home and self._room(kv) > 0
 
     def _room(self, kv: Holding | None) -> int:
         """Tokens that fit behind the newest one in its block; 0 while the block is shared."""

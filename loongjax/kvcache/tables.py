@@ -130,6 +130,22 @@ class BlockTable:
             region.next_slot = slot + count
             region.next_position = position + count
 
+    def append_token(self, request: RequestId, slot: int, position: int) -> None:
+        """`append` for one token. O(1), without an array where the token joins an entry."""
+        region = self._regions.get(request)
+        if (
+            region is not None
+            and slot == region.next_slot
+            and position == region.next_position
+            and slot % self.block_size != 0
+        ):
+            row = region.start + region.newest
+            self.entries[row, 2] += 1
+            self._changed_rows.add(row)
+            region.next_slot, region.next_position = slot + 1, position + 1
+        else:
+            self.append(request, np.array([[slot, position, 1]], np.int32))
+
     def replace(self, request: RequestId, entries: Int32[np.ndarray, "N 3"]) -> None:
         """Lets a request have these entries alone, positions ascending: no more than it has.
 

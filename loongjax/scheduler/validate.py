@@ -48,6 +48,7 @@ def validate(snapshot: Snapshot, plan: Plan) -> None:
     gone.update(rejection.request for rejection in plan.reject)
     _check_seqs(snapshot, plan.steps)
     _check_groups(books, plan.steps)
+    _check_ahead(books, plan)
     _check_requests(books, plan.steps, gone)
     for step in plan.steps:
         match step:
@@ -161,6 +162,15 @@ def _check_groups(books: _Books, steps: tuple[Step, ...]) -> None:
                     "Wait until that has ended",
                 )
             users[instance] = step
+
+
+def _check_ahead(books: _Books, plan: Plan) -> None:
+    for group in plan.ahead:
+        if not books.snapshot.topology.contains(group):
+            raise PlanError(
+                f"ahead: group {group} does not exist; this topology has degrees "
+                f"{books.snapshot.topology.degrees}. Name groups of decode steps."
+            )
 
 
 def _check_requests(books: _Books, steps: tuple[Step, ...], gone: set[RequestId]) -> None:

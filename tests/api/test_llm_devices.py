@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from loongjax import LLM, SamplingParams
 from loongjax.api.build import build_engine
 from loongjax.config import ClusterConfig, EngineConfig, PoolConfig
 from loongjax.errors import BackendStartedError, CapacityError, ConfigError, RequestError
+from loongjax.plan import Plan, Snapshot
+from loongjax.scheduler.policies.first_come import FirstCome
 from tests.esp.rig import TINY, reference_logits
 
 EPSILON = 1e-4
@@ -66,6 +69,43 @@ def test_many_requests_say_what_the_reference_says(programs, slots, block_size):
     assert all(len(output.token_ids) == 12 for output in outputs)
     assert ties <= 0.005 * 24 * 12
     assert len(degrees) > 1 or slots == 512
+
+
+class Waiting:
+    """A policy that waits for every step."""
+
+    def schedule(self, now: float, snapshot: Snapshot) -> Plan:
+        return replace(FirstCome().schedule(now, snapshot), ahead=frozenset())
+
+
+def test_one_step_ahead_changes_no_answer(programs):
+    """Some end by length, some at a token that is known one step late."""
+    config = EngineConfig(
+        cluster=ClusterConfig(instances=2),
+        pool=PoolConfig(block_size=4, slots=256),
+        max_model_len=256,
+        program_dir=programs,
+    )
+    prompts = draw_prompts(8, seed=5)
+    params = [
+        SamplingParams(temperature=float(i % 2), seed=i, max_tokens=6 + i, ignore_eos=True)
+        for i in range(len(prompts))
+    ]
+    found = []
+    for policy in (Waiting(), FirstCome()):
+        engine = build_engine("random:tiny", config, policy).engine
+        with LLM.from_engine(engine) as llm:
+            whole = llm.generate(prompts, params)
+            stops = [
+                replace(one, stop_token_ids=(output.token_ids[4],)) if i % 4 < 2 else one
+                for i, (one, output) in enumerate(zip(params, whole, strict=True))
+            ]
+            cut = llm.generate(prompts, stops)
+            assert used(llm) == 0
+            engine.check_integrity()
+        found.append([(one.token_ids, one.finish_reason, one.stop_token) for one in whole + cut])
+    assert found[0] == found[1]
+    assert {reason for _, reason, _ in found[0]} == {"length", "stop"}
 
 
 def test_long_prompts_are_computed_in_chunks(programs):

@@ -3,7 +3,8 @@
 It remembers which token of which request every slot of the pool holds, and refuses (by an
 AssertionError, which kills the engine and so fails the test) whatever a real device would
 answer with wrong tokens: a slot overwritten, KV missing or outside the group, KV that moves
-from or to where it must not, a busy instance, a request dropped while a step works on it.
+from or to where it must not, a busy instance, a request dropped while a step works on it, a
+step queued behind one that does not give it its tokens.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ class FakeExecutor:
     Attributes:
       flights: Steps in flight, by launch.
       submitted: Every step that was ever submitted.
+      queued: Those of them that were submitted behind another one.
       inputs: Every request that was ever admitted, by id.
       polls: How often `poll` was called.
       closed: Whether `close` was called.
@@ -79,7 +81,7 @@ class FakeExecutor:
         order: Callable[[Sequence[Flight]], int] = earliest,
         fail: Callable[[Step], str | None] = lambda step: None,
     ) -> None:
-        self._limits = limits or ExecutorLimits(max_chunk_tokens=64, max_rows=8)
+        self._limits = limits or ExecutorLimits(max_chunk_tokens=64, max_rows=8, steps_ahead=1)
         self._duration = duration
         self._order = order
         self._fail = fail
@@ -91,8 +93,11 @@ class FakeExecutor:
         self._tokens: dict[str, list[int]] = {}
         self._kv: dict[str, dict[int, tuple[int, int]]] = {}
         self._pool: dict[tuple[int, int], tuple[str, int]] = {}
+        self._doomed: dict[int, str] = {}
+        self._free_at: dict[int, float] = {}
         self.flights: list[Flight] = []
         self.submitted: list[Step] = []
+        self.queued: list[Step] = []
         self.inputs: dict[str, RequestInput] = {}
         self.polls = 0
         self.closed = False
@@ -156,9 +161,9 @@ class FakeExecutor:
         with self._changed:
             self._check_launch(step)
             self._write(step, slots)
-            self.flights.append(
-                Flight(step=step, started=self._time, ends=self._time + self._duration(step))
-            )
+            started = max(self._time, self._free_at.get(step.group[0], 0.0))
+            self._free_at[step.group[0]] = ends = started + self._duration(step)
+            self.flights.append(Flight(step=step, started=started, ends=ends))
             self.submitted.append(step)
             self._changed.notify_all()
 
@@ -174,7 +179,9 @@ class FakeExecutor:
             self._woken = False
             if not self.flights or self._held:
                 return []
-            flight = self.flights.pop(self._order(self.flights))
+            firsts = [f for f in self.flights if self._queue(f.step.group)[0] is f]
+            flight = firsts[self._order(firsts)]
+            self.flights.remove(flight)
             self._time = max(self._time, flight.ends)
             return [self._finish(flight)]
 
@@ -203,12 +210,29 @@ class FakeExecutor:
 
     def _check_launch(self, step: Step) -> None:
         assert not self.submitted or step.seq > self.submitted[-1].seq
-        busy = {instance for flight in self.flights for instance in flight.step.group}
-        assert busy.isdisjoint(step.group), "two steps in flight on one instance"
+        queue = self._queue(step.group)
+        others = [flight.step for flight in self.flights if flight not in queue]
+        busy = {instance for other in others for instance in other.group}
+        assert busy.isdisjoint(step.group), "two groups in flight on one instance"
+        if queue:
+            self._check_queued(step, [flight.step for flight in queue])
         for name in step_requests(step):
-            self._check_grounded(name)
+            assert all(name not in step_requests(other) for other in others)
             homes = {instance for instance, _ in self._kv[name].values()}
             assert homes <= set(step.group) or isinstance(step, MigrateStep), "KV outside the group"
+
+    def _check_queued(self, step: Step, queue: list[Step]) -> None:
+        """It decodes what the step before it decodes, with the same masters."""
+        assert len(queue) <= self._limits.steps_ahead
+        assert isinstance(step, DecodeStep)
+        assert isinstance(queue[-1], DecodeStep)
+        masters = {row.request: row.master for row in queue[-1].rows}
+        assert all(masters.get(row.request) == row.master for row in step.rows)
+        self.queued.append(step)
+
+    def _queue(self, group: tuple[int, ...]) -> list[Flight]:
+        """What is in flight on a group, in the order of the launches."""
+        return [flight for flight in self.flights if flight.step.group == group]
 
     def _check_grounded(self, request: str) -> None:
         for flight in self.flights:
@@ -258,7 +282,9 @@ class FakeExecutor:
     def _finish(self, flight: Flight) -> StepResult:
         step = flight.step
         times = {"started": flight.started, "ended": self._time}
-        if error := self._fail(step):
+        if error := self._doomed.pop(step.seq, None) or self._fail(step):
+            for behind in self._queue(step.group):
+                self._doomed[behind.step.seq] = f"step {step.seq} failed before it"
             for place in [place for place in self._pool if place[0] in step.group]:
                 del self._pool[place]
             return StepResult(seq=step.seq, error=error, **times)

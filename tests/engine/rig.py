@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from loongjax.cluster.topology import EverySubset
 from loongjax.engine import Engine, Event, FinishedEvent, GenerationRequest, RequestHandle
@@ -99,14 +99,17 @@ def collect(handle: RequestHandle) -> tuple[tuple[int, ...], FinishedEvent]:
 class Wrapped:
     """A policy that asks `first` before it does what `FirstCome` does.
 
-    `first` gives a plan, or None to pass; what it is asked stands in `seen`.
+    `first` gives a plan, or None to pass; what it is asked stands in `seen`. Without `ahead`
+    it is asked after every step.
     """
 
     first: Callable[[Snapshot], Plan | None]
+    ahead: bool = True
     inner: FirstCome = field(default_factory=FirstCome)
     seen: list[Snapshot] = field(default_factory=list)
 
     def schedule(self, now: float, snapshot: Snapshot) -> Plan:
         self.seen.append(snapshot)
         plan = self.first(snapshot)
-        return self.inner.schedule(now, snapshot) if plan is None else plan
+        plan = self.inner.schedule(now, snapshot) if plan is None else plan
+        return plan if self.ahead else replace(plan, ahead=frozenset())

@@ -99,7 +99,7 @@ def test_after_it_was_preempted() -> None:
         # Where it was preempted, let it wait behind the other one.
         return Plan() if wait.is_set() and snapshot.in_flight else None
 
-    with rig(policy=Wrapped(first=first), instances=1) as it:
+    with rig(policy=Wrapped(first=first, ahead=False), instances=1) as it:
         handle = it.submit("a", PROMPT, max_tokens=50)
         assert wait.wait(PATIENCE_S)
         handle.abort()

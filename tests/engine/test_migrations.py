@@ -68,7 +68,7 @@ def kinds(records: tuple[StepRecord, ...]) -> list[str]:
 
 
 def test_answer_does_not_depend_on_moves() -> None:
-    policy = Wrapped(first=back_and_forth())
+    policy = Wrapped(first=back_and_forth(), ahead=False)
     with rig(policy=policy) as it:
         tokens, end = collect(it.submit("a", PROMPT, max_tokens=12))
         assert (tokens, end.reason) == (ANSWER, "length")
@@ -81,7 +81,7 @@ def test_answer_does_not_depend_on_moves() -> None:
 
 
 def test_record_of_a_migration_says_what_arrived_where() -> None:
-    with rig(policy=Wrapped(first=back_and_forth())) as it:
+    with rig(policy=Wrapped(first=back_and_forth(), ahead=False)) as it:
         collect(it.submit("a", PROMPT, max_tokens=3))
         record = next(r for r in it.engine.steps_of("a") if r.kind == "migrate")
     assert (record.group, record.requests, record.tokens) == ((0, 1), ("a",), 3)
@@ -91,7 +91,7 @@ def test_record_of_a_migration_says_what_arrived_where() -> None:
 
 def test_migration_is_no_service() -> None:
     """A request whose decoding was put off is still owed a token after its KV has moved."""
-    policy = Wrapped(first=back_and_forth())
+    policy = Wrapped(first=back_and_forth(), ahead=False)
     with rig(policy=policy) as it:
         collect(it.submit("a", PROMPT, max_tokens=3))
     moved = [s for s in policy.seen if s.next_seq == 2]  # 0 was the prompt, 1 the move
@@ -149,7 +149,7 @@ def failing(*seqs: int) -> FakeExecutor:
 
 
 def test_kv_lost_elsewhere_while_it_moves_is_dropped_when_it_has_arrived() -> None:
-    policy = Wrapped(first=scattered)
+    policy = Wrapped(first=scattered, ahead=False)
     with rig(policy=policy, executor=failing(3), instances=3) as it:
         handles = submit_both(it)
         assert [collect(handle)[0] for handle in handles] == [ANSWER[:4]] * 2
@@ -161,7 +161,9 @@ def test_kv_lost_elsewhere_while_it_moves_is_dropped_when_it_has_arrived() -> No
 
 
 def test_failure_of_both_steps_is_two_failures() -> None:
-    with rig(policy=Wrapped(first=scattered), executor=failing(2, 3), instances=3) as it:
+    with rig(
+        policy=Wrapped(first=scattered, ahead=False), executor=failing(2, 3), instances=3
+    ) as it:
         a, b = submit_both(it)
         tokens, end = collect(a)
         assert tokens == ANSWER[:1]

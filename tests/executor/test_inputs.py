@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from loongjax.executor.inputs import (
     NO_TOKEN,
+    DecodeFrame,
     StepInputs,
     TokenLog,
-    decode_inputs,
     prefill_inputs,
     stripe_tokens,
 )
@@ -201,7 +201,9 @@ def test_decode_inputs_equal_their_definition(data):
             running[name] = data.draw(st.integers(0, degree * ROWS - 1))
     step = DecodeStep(seq=1, group=group, rows=tuple(step_rows))
     plan = DecodeSlots(seq=1, slots=tuple(slots), positions=tuple(positions))
-    inputs = decode_inputs(spec, step, plan, logs, tables, TRASH, running)
+    frame = DecodeFrame(spec, step, logs, TRASH)
+    frame.inputs(step, plan, tables, running)
+    inputs = frame.inputs(step, plan, tables, running)  # as good as the first time
     fields = fields_of(spec, inputs)
 
     assert [name for name, _ in inputs.rows] == [row.request for row in step_rows]

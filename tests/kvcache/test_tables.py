@@ -71,8 +71,7 @@ class TableMachine(RuleBasedStateMachine):
             if not fits and self.allocator.free_slots(home) == 0:
                 return
             plan = self.allocator.apply(step)
-            entry = np.array([[plan.slots[0], plan.positions[0], 1]], np.int32)
-            self.tables[home].append(name, entry)
+            self.tables[home].append_token(name, plan.slots[0], plan.positions[0])
             self.names.add(name)
 
     @rule(name=NAMES, source=HOMES, data=st.data())
@@ -172,8 +171,8 @@ def test_unknown_request_has_no_region() -> None:
 
 def test_token_that_continues_the_last_entry_is_merged() -> None:
     books = table()
-    books.append("a", entries((8, 0, 1)))
-    books.append("a", entries((9, 1, 1)))
+    books.append_token("a", 8, 0)
+    books.append_token("a", 9, 1)
     books.append("a", entries((10, 2, 2), (4, 4, 1)))
     assert held(books, "a") == [[8, 0, 4], [4, 4, 1]]
 
@@ -232,7 +231,7 @@ def test_token_continues_the_newest_entry_wherever_it_stands() -> None:
     books = table()
     books.append("a", entries((8, 6, 2)))
     books.append("a", entries((16, 0, 4), (20, 4, 2)))  # moved here
-    books.append("a", entries((10, 8, 1)))
+    books.append_token("a", 10, 8)
     assert held(books, "a") == [[8, 6, 3], [16, 0, 4], [20, 4, 2]]
     books.append("a", entries((11, 9, 1), (24, 10, 3)))
     books.append("a", entries((27, 13, 1)))

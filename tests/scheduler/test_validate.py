@@ -500,6 +500,14 @@ def test_preempted_blocks_are_counted_with_their_holes() -> None:
     check(step, snapshot=snapshot, preempt=("holey",))
 
 
+# ---- ahead ---------------------------------------------------------------------------
+
+
+def test_groups_that_go_on_exist() -> None:
+    check(decode(("runs", 0, 3)), ahead=frozenset({(0, 3), (2,)}))
+    refuses("ahead: group (0, 2, 3) does not exist", ahead=frozenset({(0, 2, 3)}))
+
+
 # ---- preempt and reject --------------------------------------------------------------
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from loongjax.engine.ahead import continue_step
 from loongjax.kvcache import BlockAllocator
 from loongjax.plan import (
     DecodeStep,
+    Group,
     InstanceView,
     MigrateStep,
     Plan,
@@ -41,14 +43,15 @@ class Job:
 
 
 class VirtualEngine:
-    """Plans, checks, and applies; `pick` says which step in flight ends next, `fail` whether
-    it fails.
+    """Plans, checks, and applies; `pick` says which step in flight ends next (of a group, always
+    the first), `fail` whether it fails. `steps_ahead` as in `ExecutorLimits`.
 
     Attributes:
       plans: Every snapshot with the plan that was made from it.
       preempted: Requests in the order in which they were preempted.
       moved: Tokens that every migration moved, in the order of their launches.
       fullest: The most slots that were in use at once.
+      continued: How many steps were queued behind another.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class VirtualEngine:
         block_size: int,
         max_chunk_tokens: int = 64,
         max_rows: int = 4,
+        steps_ahead: int = 1,
         pick: Callable[[Sequence[Step]], int] = lambda steps: 0,
         fail: Callable[[Step], bool] = lambda step: False,
     ) -> None:
@@ -70,6 +74,7 @@ class VirtualEngine:
         )
         self.max_chunk_tokens = max_chunk_tokens
         self.max_rows = max_rows
+        self.steps_ahead = steps_ahead
         self.pick = pick
         self.fail = fail
         self.jobs: dict[str, Job] = {}
@@ -79,11 +84,14 @@ class VirtualEngine:
         self.moved: list[int] = []
         self.finished: list[str] = []
         self.fullest = 0
+        self.continued = 0
         self._submitted = 0
         self._next_seq = 0
         self._prefill_seq: dict[int, int] = {}
         self._lost: set[str] = set()
-        self._aborted: set[str] = set()
+        self._doomed: set[int] = set()
+        self._ended: set[str] = set()
+        self._ahead: frozenset[Group] = frozenset()
 
     def capacity(self) -> int:
         """KV tokens that the largest group holds."""
@@ -98,7 +106,7 @@ class VirtualEngine:
         self.jobs[job.id] = job
 
     def snapshot(self) -> Snapshot:
-        views = [self._view(job) for job in self.jobs.values()]
+        views = [self._view(job) for name, job in self.jobs.items() if name not in self._ended]
         return Snapshot(
             version=len(self.plans),
             next_seq=self._next_seq,
@@ -108,7 +116,7 @@ class VirtualEngine:
             waiting=tuple(view for view in views if view.uncomputed > 1 or not view.kv),
             running=tuple(view for view in views if view.uncomputed <= 1 and view.kv),
             instances=tuple(self._instance(i) for i in range(self.topology.instances)),
-            in_flight=self._in_flight,
+            in_flight=self._in_flight - self._ended,
             topology=self.topology,
         )
 
@@ -124,22 +132,40 @@ class VirtualEngine:
                 self._preempt(name)
             for step in plan.steps:
                 self._launch(step)
+            self._ahead = plan.ahead
             if plan.steps or not plan.preempt:
                 break
         assert self.flying or not self.jobs, "nothing is planned, and nothing is in flight"
+        self.run_ahead()
         return plan.steps
+
+    def run_ahead(self) -> None:
+        """Continues what the last plan lets go on."""
+        for group in () if self._lost else sorted(self._ahead):
+            queue = [step for step in decodes(self.flying) if step.group == group]
+            while 0 < len(queue) <= self.steps_ahead:
+                step = continue_step(
+                    queue[-1], seq=self._next_seq, goes_on=self._goes_on, fits=self.allocator.fits
+                )
+                if step is None:
+                    break
+                self._launch(step)
+                self.continued += 1
+                queue.append(step)
 
     def end_one(self) -> Step:
         """A step ends: its requests get their tokens, or all with KV there lose it."""
-        step = self.flying.pop(self.pick(self.flying) % len(self.flying))
-        if self.fail(step):
-            group = set(step.group)
-            self._lost |= {name for name in self.jobs if not group.isdisjoint(self.homes(name))}
+        group = self.flying[self.pick(self.flying) % len(self.flying)].group
+        step = next(step for step in self.flying if step.group == group)
+        self.flying.remove(step)
+        if step.seq in self._doomed or self.fail(step):
+            self._lost |= {name for name in self.jobs if set(group) & set(self.homes(name))}
             self._lost |= set(step_requests(step))
+            self._doomed |= {behind.seq for behind in self.flying if behind.group == group}
         else:
             self._serve(step)
-        for name in self._aborted - self._in_flight:
-            self._aborted.remove(name)
+        for name in self._ended - self._in_flight:
+            self._ended.remove(name)
             self._forget(name)
         for name in (self._lost & self.jobs.keys()) - self._in_flight:
             self.allocator.release(name)
@@ -149,10 +175,7 @@ class VirtualEngine:
 
     def abort(self, name: str) -> None:
         """Ends a request, at once or when the step that works on it does."""
-        if name in self._in_flight:
-            self._aborted.add(name)
-        else:
-            self._forget(name)
+        self._end(name)
 
     def homes(self, name: str) -> tuple[int, ...]:
         return tuple(share.instance for share in self.allocator.shares(name))
@@ -172,18 +195,32 @@ class VirtualEngine:
     def _in_flight(self) -> frozenset[str]:
         return frozenset(name for step in self.flying for name in step_requests(step))
 
+    def _goes_on(self, name: str) -> bool:
+        job = self.jobs[name]
+        peak = job.prompt + job.max_tokens - 1
+        return name not in self._ended and self.allocator.computed(name) < peak
+
+    def _end(self, name: str) -> None:
+        if name in self._in_flight:
+            self._ended.add(name)
+        else:
+            self._forget(name)
+
     def _serve(self, step: Step) -> None:
         ends = {c.request: c.last for c in step.chunks} if isinstance(step, PrefillStep) else {}
         for name in () if isinstance(step, MigrateStep) else step_requests(step):
+            if name in self._ended:
+                continue
             job = self.jobs[name]
             if not ends.get(name, True):
                 assert 0 < self.allocator.computed(name) < job.length
                 continue
-            assert self.allocator.computed(name) == job.length
+            behind = sum(name in step_requests(later) for later in self.flying)
+            assert self.allocator.computed(name) == job.length + behind
             job.generated += 1
             job.served.append(step.seq)
-            if job.generated == job.tokens and name not in self._aborted:
-                self._forget(name)
+            if job.generated == job.tokens:
+                self._end(name)
                 self.finished.append(name)
 
     def _launch(self, step: Step) -> None:

@@ -35,6 +35,7 @@ class Board:
       preempted: Requests whose KV this plan drops.
       seated: Requests that this plan has a step for.
       stuck: Running requests that have no room, and will have none before others end.
+      wanted: Instances, idle or not, that somebody waits for.
     """
 
     def __init__(self, snapshot: Snapshot, headroom: int) -> None:
@@ -53,6 +54,7 @@ class Board:
         self.preempted: list[RequestId] = []
         self.seated: set[RequestId] = set()
         self.stuck: set[RequestId] = set()
+        self.wanted: set[InstanceId] = set()
         self._headroom = headroom
         self._capacity = {view.id: view.slots // snapshot.block_size for view in views}
         self._prefill_seq = {

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 
 from loongjax.plan import Group, InstanceId, MigrateStep, Move, RequestView, Share
-from loongjax.scheduler.policies.board import Board
+from loongjax.scheduler.policies.board import Board, line_key
 from loongjax.scheduler.policies.retention import new_blocks
 
 
@@ -53,12 +53,16 @@ class Consolidation:
 
     def seat(self) -> None:
         """Moves whom it is cheap to move, in line."""
-        for view in self._board.running:
-            if len(view.kv) > 1 and view.id not in self._board.seated:
-                moves = self._moves(view)
-                tokens = sum(move.tokens for move in moves)
-                if moves and tokens < max(self._held_up, view.peak - view.computed):
-                    self._take(view, moves, tokens)
+        board = self._board
+        gone = board.seated.union(board.preempted)
+        spread = [view for view in board.snapshot.running if len(view.kv) > 1]
+        for view in sorted(spread, key=line_key):
+            if view.id in gone:
+                continue
+            moves = self._moves(view)
+            tokens = sum(move.tokens for move in moves)
+            if moves and tokens < max(self._held_up, view.peak - view.computed):
+                self._take(view, moves, tokens)
 
     def steps(self, first_seq: int) -> list[MigrateStep]:
         """The batches as steps, numbered from `first_seq` on."""
@@ -105,13 +109,19 @@ class Consolidation:
         return self._board.blocks(slots)
 
     def _take(self, view: RequestView, moves: list[Move], tokens: int) -> None:
-        """Adds moves to a batch on their instances, or to a new one, if those are idle."""
+        """Adds moves to a batch on their instances, or to a new one, if those are idle; waits
+        for them if something works there.
+        """
         board = self._board
         touched = {instance for move in moves for instance in (move.source, move.target)}
+        if view.id in board.snapshot.in_flight:
+            board.wanted |= touched
+            return
         batch = next((b for b in self._batches if touched.issubset(b.group)), None)
         if batch is None:
             group = board.cover(frozenset(touched), frozenset(board.idle))
             if group is None:
+                board.wanted |= touched
                 return
             batch = _Batch(group=group)
             self._batches.append(batch)

@@ -79,7 +79,7 @@ class Decodes:
             if seat is not None:
                 self._take(view, seat)
             else:
-                self._keep_free(self._find(view, usable | board.soon, board.roomy))
+                self._wait_for(view, self._find(view, usable | board.soon, board.roomy))
 
     def steps(self, first_seq: int) -> list[DecodeStep]:
         """The batches as steps, numbered from `first_seq` on."""
@@ -107,7 +107,7 @@ class Decodes:
             roomy = {home for victim in younger for home in victim.homes}
             if self._find(view, everywhere, roomy) is None:
                 board.stuck.add(view.id)
-        self._keep_free(self._find(view, board.idle | board.soon, roomy))
+        self._wait_for(view, self._find(view, board.idle | board.soon, roomy))
 
     def _preempt_for(self, view: RequestView, younger: list[RequestView]) -> bool:
         for victim in reversed(younger):
@@ -120,8 +120,9 @@ class Decodes:
                 return True
         return False
 
-    def _keep_free(self, seat: _Seat | None) -> None:
+    def _wait_for(self, view: RequestView, seat: _Seat | None) -> None:
         """Keeps what is idle of a group for who waits for the rest of it."""
+        self._board.wanted |= view.homes.union(seat.group if seat else ())
         if seat is not None and not seat.joined:
             self._board.claim(seat.group)
 

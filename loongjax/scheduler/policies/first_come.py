@@ -12,6 +12,8 @@ One plan is made in this order:
 3. KV that is spread for want of memory that is free again moves together (`consolidate`).
 4. All other decodes that can run.
 
+Decodes go on by themselves (`Plan.ahead`) where nobody waits for their instances (`onward`).
+
 A preempted request is computed anew from its first token on, whatever its length.
 """
 
@@ -20,10 +22,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loongjax.errors import ConfigError
-from loongjax.plan import Plan, Snapshot, Step
+from loongjax.plan import DecodeStep, Plan, Snapshot, Step
 from loongjax.scheduler.policies.board import Board
 from loongjax.scheduler.policies.consolidate import Consolidation
 from loongjax.scheduler.policies.decodes import Decodes
+from loongjax.scheduler.policies.onward import groups_to_go_on
 from loongjax.scheduler.policies.prompts import Prompts
 
 
@@ -64,4 +67,8 @@ class FirstCome:
         steps: list[Step] = []
         for part in (prompts, consolidation, decodes):
             steps += part.steps(snapshot.next_seq + len(steps))
-        return Plan(steps=tuple(steps), preempt=tuple(board.preempted))
+        return Plan(
+            steps=tuple(steps),
+            preempt=tuple(board.preempted),
+            ahead=groups_to_go_on(board, [s.group for s in steps if isinstance(s, DecodeStep)]),
+        )

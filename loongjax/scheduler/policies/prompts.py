@@ -118,6 +118,7 @@ class Prompts:
             group = self._choose(view, set(self._board.free))
         if group is not None:
             self._lacks_instances = True
+            self._board.wanted.update(group)
             self._board.drain(ready.intersection(group))
         return False
 
@@ -242,6 +243,7 @@ class Prompts:
             return False
         ready = self._ready()
         if not ready.issuperset(region):
+            board.wanted |= region
             board.drain(ready & region)
             return False
         for victim in reversed(behind):

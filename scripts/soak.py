@@ -1,0 +1,308 @@
+"""Random regrouping for as long as you like: nothing hangs, leaks, or says something else.
+
+    python scripts/soak.py --seconds 600 --instances 4 --json
+
+Requests with known answers come and go, some are aborted, and a policy decides by chance what
+runs where (`scripts/random_policy.py`). Ends with exit code 1 if a request got no answer in time,
+if an answer differs from the one that a single instance gives, if KV slots stay in use, or if the
+books of the pool do not add up. `--engines 2` lets two engines share the devices.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+if __package__ is None:  # run as a file
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from loongjax.api.build import build_engine
+from loongjax.config import ClusterConfig, EngineConfig, PoolConfig
+from loongjax.engine import (
+    Engine,
+    FinishedEvent,
+    GenerationRequest,
+    RequestHandle,
+    StepRecord,
+    TokensEvent,
+)
+from loongjax.sampling.params import SamplingParams
+from scripts.random_policy import RandomPolicy
+
+MODEL = "random:tiny"
+PROMPTS = 24
+OPEN = 10
+"""Requests that are open at a time."""
+MAX_CHUNK_TOKENS = 64
+HANG_S = 120.0
+"""A request that says nothing for so long makes it a hang."""
+
+
+@dataclass(kw_only=True)
+class Report:
+    """What a soak saw.
+
+    Attributes:
+      seconds: How long requests were sent.
+      requests: Ended requests by reason.
+      differing: Answers that differ from those of a single instance.
+      hung: Requests without an end.
+      slots_left: KV slots in use at the end.
+      steps: By kind and degree, as `kind-degree`, warm-up included; failed ones as `failed`.
+      groups: Different groups that ran something.
+      changes: Times that an instance ran a step on another group than the one before.
+      side_by_side: Steps that ran while a step of another group did.
+      scale_ups, scale_downs: Times that a request's next step had a higher or lower degree.
+      moved_tokens: By migrations.
+      preemptions: As the engine counts them.
+      integrity: What is wrong with the pool's books, or None.
+    """
+
+    seconds: float = 0.0
+    requests: dict[str, int] = field(default_factory=dict)
+    differing: int = 0
+    hung: int = 0
+    slots_left: int = 0
+    steps: dict[str, int] = field(default_factory=dict)
+    groups: int = 0
+    changes: int = 0
+    side_by_side: int = 0
+    scale_ups: int = 0
+    scale_downs: int = 0
+    moved_tokens: int = 0
+    preemptions: int = 0
+    integrity: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing went wrong."""
+        wrong = self.differing + self.hung + self.slots_left + self.steps.get("failed", 0)
+        return not wrong and self.integrity is None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A prompt and the tokens that answer it."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+def soak(
+    *,
+    seconds: float,
+    instances: int,
+    seed: int = 0,
+    engines: int = 1,
+    program_dir: Path | None = None,
+    hang_s: float = HANG_S,
+) -> Report:
+    """Runs it; `program_dir` as in `EngineConfig`."""
+    config = EngineConfig(
+        cluster=ClusterConfig(instances=instances),
+        pool=PoolConfig(block_size=4, slots=512),
+        max_model_len=256,
+        max_chunk_tokens=MAX_CHUNK_TOKENS,
+        program_dir=program_dir,
+    )
+    questions = _questions(config, seed)
+    built = [
+        build_engine(MODEL, config, RandomPolicy(seed + i)).engine for i in range(max(1, engines))
+    ]
+    report = Report()
+    totals: Counter[str] = Counter()
+    lock = threading.Lock()
+
+    def drive(engine: Engine, own_seed: int) -> None:
+        counts = _drive(engine, questions, seconds, own_seed, hang_s)
+        with lock:
+            totals.update(counts)
+
+    for engine in built:
+        _warm_up(engine, questions, seed, hang_s)
+    started = time.monotonic()
+    threads = [
+        threading.Thread(target=drive, args=(engine, seed + i), daemon=True)
+        for i, engine in enumerate(built)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(seconds + 2 * hang_s)
+    report.seconds = round(time.monotonic() - started, 1)
+    report.hung = totals.pop("hung", 0) + sum(thread.is_alive() for thread in threads)
+    report.differing = totals.pop("differing", 0)
+    report.requests = dict(sorted(totals.items()))
+    for engine in built:
+        _wait_until_empty(engine, hang_s if not report.hung else 0.0)
+        _look_back(engine, report)
+        if not report.hung:
+            engine.close()
+            try:
+                engine.check_integrity()
+            except Exception as error:
+                report.integrity = str(error)
+    return report
+
+
+def _questions(config: EngineConfig, seed: int) -> list[Question]:
+    """Random prompts, answered one after another on one instance."""
+    chance = random.Random(seed)
+    prompts = [
+        tuple(chance.randrange(512) for _ in range(chance.choice([3, 20, 60, 120, 180])))
+        for _ in range(PROMPTS)
+    ]
+    alone = EngineConfig(
+        pool=config.pool,
+        max_model_len=config.max_model_len,
+        max_chunk_tokens=config.max_chunk_tokens,
+        program_dir=config.program_dir,
+    )
+    with build_engine(MODEL, alone).engine as engine:
+        found = []
+        for number, prompt in enumerate(prompts):
+            handle = _ask(engine, f"question-{number}", prompt, 40)
+            found.append(Question(prompt=prompt, answer=_listen(handle, HANG_S)[0]))
+    return found
+
+
+def _ask(engine: Engine, name: str, prompt: tuple[int, ...], tokens: int) -> RequestHandle:
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    return engine.submit(GenerationRequest(id=name, token_ids=prompt, params=params))
+
+
+def _listen(handle: RequestHandle, patience: float) -> tuple[tuple[int, ...], str]:
+    """What it said, and why it ended; `hung` if it did not."""
+    tokens: list[int] = []
+    while True:
+        try:
+            event = handle.get(timeout=patience)
+        except TimeoutError:
+            return tuple(tokens), "hung"
+        if isinstance(event, FinishedEvent):
+            return tuple(tokens), event.reason
+        assert isinstance(event, TokensEvent)
+        tokens += event.token_ids
+
+
+def _drive(
+    engine: Engine, questions: Sequence[Question], seconds: float, seed: int, hang_s: float
+) -> Counter[str]:
+    """Keeps requests open until the time is over; counts how they ended."""
+    chance = random.Random(seed)
+    counts: Counter[str] = Counter()
+    end = time.monotonic() + seconds
+    asked: list[tuple[Question, int, RequestHandle]] = []
+    number = 0
+    while asked or time.monotonic() < end:
+        while len(asked) < OPEN and time.monotonic() < end:
+            question, tokens = chance.choice(questions), chance.randint(1, 40)
+            asked.append((question, tokens, _ask(engine, f"r{number}", question.prompt, tokens)))
+            number += 1
+        if chance.random() < 0.1:
+            chance.choice(asked)[2].abort()
+        question, tokens, handle = asked.pop(chance.randrange(len(asked)))
+        said, reason = _listen(handle, hang_s)
+        counts[reason] += 1
+        wanted = question.answer[: tokens if reason == "length" else len(said)]
+        counts["differing"] += said != wanted
+        if reason == "hung":
+            break
+    return counts
+
+
+def _warm_up(engine: Engine, questions: Sequence[Question], seed: int, hang_s: float) -> None:
+    """Serves until nothing new had to be compiled for a while."""
+    for round_ in range(100):
+        before = engine.stats().programs.compiled
+        if _drive(engine, questions, 2.0, seed + round_, hang_s)["hung"]:
+            return
+        if round_ and engine.stats().programs.compiled == before:
+            return
+
+
+def _wait_until_empty(engine: Engine, patience: float) -> None:
+    """What was aborted is free when the steps that worked on it have ended."""
+    end = time.monotonic() + patience
+    while any(view.used for view in engine.stats().instances) and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+def _look_back(engine: Engine, report: Report) -> None:
+    """Adds what an engine's records tell."""
+    stats, records = engine.stats(), engine.steps()
+    report.slots_left += sum(instance.used for instance in stats.instances)
+    report.preemptions += stats.preemptions
+    steps = Counter(report.steps)
+    for count in stats.steps:
+        steps[f"{count.kind}-{count.degree}"] += count.count
+    if stats.failed_steps:
+        steps["failed"] += stats.failed_steps
+    report.steps = dict(sorted(steps.items()))
+    report.groups = max(report.groups, len({record.group for record in records}))
+    report.moved_tokens += sum(record.tokens for record in records if record.kind == "migrate")
+    by_start = sorted(records, key=lambda record: record.started)
+    report.side_by_side += _side_by_side(by_start)
+    on: dict[int, tuple[int, ...]] = {}
+    degree: dict[str, int] = {}
+    for record in by_start:
+        for instance in record.group:
+            report.changes += on.get(instance, record.group) != record.group
+            on[instance] = record.group
+        for name in record.requests if record.kind != "migrate" else ():
+            before = degree.get(name, record.degree)
+            report.scale_ups += record.degree > before
+            report.scale_downs += record.degree < before
+            degree[name] = record.degree
+
+
+def _side_by_side(by_start: Sequence[StepRecord]) -> int:
+    """Steps that began while a step of another group ran."""
+    running: list[StepRecord] = []
+    found = 0
+    for record in by_start:
+        running = [other for other in running if other.ended > record.started]
+        found += any(other.group != record.group for other in running)
+        running.append(record)
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a soak and prints what it saw; 1 if anything went wrong."""
+    parser = argparse.ArgumentParser(
+        description="Random regrouping on emulated instances: hangs, leaks, wrong answers?"
+    )
+    parser.add_argument("--seconds", type=float, default=600.0, help="how long to send requests")
+    parser.add_argument("--instances", type=int, default=4, help="elastic instances (default 4)")
+    parser.add_argument("--engines", type=int, default=1, help="engines on the same devices")
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        report = soak(
+            seconds=options.seconds,
+            instances=options.instances,
+            seed=options.seed,
+            engines=options.engines,
+            program_dir=Path(folder) / "programs",
+        )
+    found = {"passed": report.passed, **asdict(report)}
+    if options.json:
+        print(json.dumps(found), flush=True)
+    else:
+        for name, value in found.items():
+            print(f"{name:>14}  {value}")
+    return 0 if report.passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
