@@ -171,8 +171,11 @@ def _warm_up(
             found[cell] = bound
             _tell("not run, at most", worker, cell, bound)
         else:
-            found[cell] = worker.measure(jobs[cell.what], min(cell.tokens, _WARM_UP_TOKENS))
-            _tell("warm-up", worker, cell, found[cell])
+            for _ in range(2):  # the first run may compile; a second one tells slow from cold
+                found[cell] = worker.measure(jobs[cell.what], min(cell.tokens, _WARM_UP_TOKENS))
+                _tell("warm-up", worker, cell, found[cell])
+                if cell.expected_s(found[cell]) <= _SLOW_JOB_S:
+                    break
     worker.warmed()
     return found
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from loongjax.api.llm import LLM
 from loongjax.bench.cells import (
     Cell,
     decode_cell,
@@ -25,9 +26,11 @@ from loongjax.bench.cells import (
 from loongjax.bench.checkpoint import export_random
 from loongjax.bench.effort import Effort
 from loongjax.bench.floor import floor_rate, measure_machine
+from loongjax.bench.host import engine_without_device, measure_host_time
 from loongjax.bench.peers import PEERS, require_peers
 from loongjax.bench.process import Worker, own_python
 from loongjax.models.random_weights import random_config
+from loongjax.sampling.params import SamplingParams
 
 MODEL = "bench58m"
 OURS = "loongjax"
@@ -35,19 +38,25 @@ _THREADS = 2
 _INSTANCES = 4
 _POOL_SLOTS = 16_384
 _MAX_REQUESTS = 32
+_HOST_ROWS = 8
+_SHORT = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 _ITEMSIZES = {"float32": 4, "bfloat16": 2}
 
 _log = logging.getLogger(__name__)
 
 
 def run_engine_bench(folder: Path, effort: Effort) -> dict[str, Any]:
-    """Measures everything; returns the report but for `host_us`.
+    """Measures everything; returns the report.
 
     `folder` holds the peers. Raises ConfigError where they are not installed, BenchError
     where one fails.
     """
     cells = measure_cells(folder, effort)
-    return {"cells": cells, "host_us": {}, "degree_overhead": measure_degrees(effort)}
+    return {
+        "cells": cells,
+        "host_us": measure_host(effort),
+        "degree_overhead": measure_degrees(effort),
+    }
 
 
 def measure_cells(folder: Path, effort: Effort) -> list[dict[str, Any]]:
@@ -61,6 +70,31 @@ def measure_cells(folder: Path, effort: Effort) -> list[dict[str, Any]]:
     for dtype in effort.dtypes:
         found += _cells_of_dtype(folder, checkpoint, cells, dtype, effort.repeats)
     return found
+
+
+def measure_host(effort: Effort) -> dict[str, Any]:
+    """Host time of a decode step of 8 rows [us], by phase, float32: see `loongjax.bench.host`.
+
+    `context_ratio` is that at 65,536 tokens of context over that at 1,024, on an engine whose
+    programs do nothing.
+    """
+    steps = effort.host_steps
+    with LLM(f"random:{MODEL}", pool_slots=_POOL_SLOTS, max_model_len=2048, dtype="float32") as llm:
+        llm.generate([[token] * 128 for token in range(_HOST_ROWS)], _SHORT)  # compiles
+        real = measure_host_time(llm, rows=_HOST_ROWS, context=128, steps=steps)
+    by_context = {}
+    for context in (1024, 65_536):
+        with engine_without_device(rows=_HOST_ROWS, context=context, steps=steps) as llm:
+            report = measure_host_time(llm, rows=_HOST_ROWS, context=context, steps=steps)
+            by_context[context] = report.host_us
+    return {
+        "rows": real.rows,
+        "total": real.host_us,
+        "phases": real.phases,
+        "call": real.call_us,
+        "bare_call": real.bare_call_us,
+        "context_ratio": by_context[65_536] / by_context[1024],
+    }
 
 
 def measure_degrees(effort: Effort) -> dict[str, dict[str, float]]:
@@ -141,20 +175,21 @@ def describe_cell(
     }
 
 
+def our_settings(dtype: str, cells: Sequence[Cell], degree: int | None = None) -> dict[str, Any]:
+    """What loongjax's subject is loaded with: one instance, or one degree of several."""
+    return {
+        "model": f"random:{MODEL}",
+        "dtype": dtype,
+        "max_len": longest(cells),
+        "instances": 1 if degree is None else _INSTANCES,
+        "degree": degree,
+        "pool_slots": _POOL_SLOTS,
+    }
+
+
 def _our_worker(name: str, dtype: str, cells: Sequence[Cell], degree: int | None = None) -> Worker:
-    return Worker(
-        name,
-        python=own_python(),
-        subject="ours",
-        settings={
-            "model": f"random:{MODEL}",
-            "dtype": dtype,
-            "max_len": longest(cells),
-            "instances": 1 if degree is None else _INSTANCES,
-            "degree": degree,
-            "pool_slots": _POOL_SLOTS,
-        },
-    )
+    settings = our_settings(dtype, cells, degree)
+    return Worker(name, python=own_python(), subject="ours", settings=settings)
 
 
 def _vocab_size() -> int:

@@ -23,13 +23,16 @@ CELLS = (prefill_cell(16), decode_cell(2, 5))
 
 
 class FakeWorker:
-    """A worker that takes `seconds` for everything and answers with a sum of the prompt."""
+    """A worker that takes `seconds` for everything, `cold` for the very first job, and answers
+    with a sum of the prompt.
+    """
 
-    def __init__(self, name, seconds, journal, shift=0):
+    def __init__(self, name, seconds, journal, shift=0, cold=0.0):
         self.name = name
         self._seconds = seconds
         self._journal = journal
         self._shift = shift
+        self._cold = cold
 
     def ready(self):
         self._journal.append((self.name, "ready"))
@@ -39,8 +42,9 @@ class FakeWorker:
 
     def measure(self, prompts, tokens):
         self._journal.append((self.name, tokens, tuple(map(tuple, prompts))))
+        cold, self._cold = self._cold, 0.0
         return Timing(
-            first_s=self._seconds,
+            first_s=self._seconds + cold,
             first_cpu_s=2 * self._seconds,
             window_s=self._seconds if tokens > 1 else 0.0,
             window_cpu_s=2 * self._seconds,
@@ -95,6 +99,16 @@ def test_an_endless_prompt_is_not_run_and_counts_like_a_shorter_one(monkeypatch)
     assert median_rates(found, cells[1]) == {"a": 32.0, "b": 8.0}
     assert len(found["b", cells[1].what]) == 1
     assert {len(job[0]) for job in jobs_of(journal, "b", 1)} == {16}
+
+
+def test_compiling_is_not_taken_for_being_slow(monkeypatch):
+    monkeypatch.setattr(cells_module, "_SLOW_JOB_S", 3.0)
+    monkeypatch.setattr(cells_module, "_ENDLESS_JOB_S", 3.5)
+    journal, cells = [], (prefill_cell(16), prefill_cell(32))
+    workers = [FakeWorker("a", 1.0, journal, cold=100.0)]
+    found = measure_in_turn(workers, cells, vocab_size=100, repeats=2)
+    assert [len(found["a", cell.what]) for cell in cells] == [2, 2]
+    assert len(jobs_of(journal, "a", 1)) == 2 + 1 + 2 * 2
 
 
 def test_the_standard_cells():
