@@ -10,7 +10,8 @@
     ├── PlanError                 a policy produced a plan that breaks a rule
     ├── StepError                 a step failed on the devices
     ├── IntegrityError            the pool's books do not add up
-    └── EngineClosedError         the engine was closed or its loop died
+    ├── EngineClosedError         the engine was closed or its loop died
+    └── BenchError                a measurement failed, or would not be worth printing
 
 A message names the value, the limit, and the way out.
 """
@@ -60,3 +61,7 @@ class IntegrityError(LoongJaxError):
 
 class EngineClosedError(LoongJaxError):
     """The engine takes no more requests."""
+
+
+class BenchError(LoongJaxError):
+    """A benchmark cannot give a figure that means what it says."""

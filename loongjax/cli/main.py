@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from loongjax import __version__
-from loongjax.cli import doctor, generate, simulate
+from loongjax.cli import bench, doctor, generate, simulate
 from loongjax.errors import LoongJaxError, UserError
 
 _DESCRIPTION = """\
@@ -42,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_command(commands)
     simulate.add_command(commands)
     doctor.add_command(commands)
+    bench.add_command(commands)
     return parser
 
 

