@@ -1,0 +1,14 @@
+"""`loongjax bench`: what was measured on this machine, a subcommand for each part."""
+
+from __future__ import annotations
+
+import argparse
+
+from loongjax.cli import bench_scheduler
+
+
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds `bench` and its parts to the command's parser."""
+    parser = commands.add_parser("bench", help="measure a part of loongjax on this machine")
+    parts = parser.add_subparsers(title="parts", metavar="PART", required=True)
+    bench_scheduler.add_command(parts)
