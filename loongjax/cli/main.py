@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from loongjax import __version__
-from loongjax.cli import bench, generate, simulate
+from loongjax.cli import bench, generate, plan, simulate
 from loongjax.errors import LoongJaxError, UserError
 
 _DESCRIPTION = """\
@@ -41,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     bench.add_command(commands)
     generate.add_command(commands)
+    plan.add_command(commands)
     simulate.add_command(commands)
     return parser
 

@@ -49,7 +49,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_cluster_options(parser.add_argument_group("hardware"))
-    _add_workload_options(parser.add_argument_group("workload"))
+    add_workload_options(parser.add_argument_group("workload"))
     parser.add_argument(
         "--policy",
         default="loongserve",
@@ -114,7 +114,8 @@ def _add_cluster_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_workload_options(group: argparse._ArgumentGroup) -> None:
+def add_workload_options(group: argparse._ArgumentGroup) -> None:
+    """What requests come, and when."""
     group.add_argument(
         "--workload",
         default="sharegpt",
@@ -206,7 +207,7 @@ def read_jobs(options: argparse.Namespace) -> list[Job]:
         if options.rate is None and not options.goodput:
             raise RequestError(
                 f"say at which --rate the requests of {options.workload} come, or search one "
-                "with --goodput"
+                "with `loongjax simulate --goodput`"
             )
         return draw_jobs(
             options.workload,
