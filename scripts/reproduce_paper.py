@@ -7,8 +7,9 @@ was. Two columns of baselines: `published` gives each the host time at which its
 curve crosses the limit at the published rate, and the published chunk sizes; `fair` gives all
 policies the same host time, and searches chunk sizes. Published numbers stand beside both.
 
-Figures 10 (maximum rate), 11 (16 GPUs), 12 (Zipf goodput), 13 (scale-up), 14 (overheads, by the
-cost model) and 15 (the cost model against measured steps; needs --calibration FILE).
+Figures: `curves` (LoongServe's own latency by rate), `fig10` (maximum rate), `fig11` (16 GPUs),
+`fig12` (Zipf goodput), `fig13` (scale-up), `fig14` (overheads, by the cost model), and `fig15`
+(the cost model against measured steps; needs --calibration FILE).
 """
 
 from __future__ import annotations
@@ -44,6 +45,13 @@ from loongjax.simulator.metrics import normalized_ms
 from scripts import fit_a800
 
 MODES = ("published", "fair")
+# LoongServe's mean latency by rate (read off the figures, 2-3 %) [ms/token by requests/s].
+CURVES = {
+    "sharegpt": {8.97: 6.04, 10: 7.69, 16: 13.2, 22: 17.6, 24: 18.7, 26: 22.5, 27: 33.5, 28: 45},
+    "leval": {1: 0.293, 1.5: 0.522, 2: 0.899, 2.2: 1.55, 2.3: 2.26, 2.4: 3.07},
+    "lveval": {0.03: 0.104, 0.05: 0.269, 0.08: 0.478, 0.1: 0.612, 0.16: 0.955, 0.19: 1.18},
+    "mixed": {0.2: 8.36, 0.3: 11.3, 0.4: 14.2, 0.45: 26.7, 0.5: 36.4, 0.55: 67.3},
+}
 # Limits of the mean latency, whole request by all its tokens [ms/token].
 LIMITS = {"sharegpt": 92.0, "leval": 3.5, "lveval": 2.5, "mixed": 70.0}
 # Maximum rates [requests/s], printed by LoongServe's notebooks.
@@ -169,6 +177,11 @@ class Paper:
         sizes = [published] if mode == "published" else [*FAIR_CHUNKS]
         return [f"{policy}:chunk={size}" for size in sizes]
 
+    def latency(self, workload: str, rate: float) -> float:
+        """LoongServe's mean latency at a rate [ms/token]."""
+        deployment = self.deployment("loongserve", LOONGSERVE_HOST)
+        return mean_ms(self.jobs(workload, rate), "loongserve", deployment)
+
     def maximum(self, policy: str, workload: str, mode: str) -> float:
         """The highest rate whose mean latency is within the limit; the best chunk size's."""
         host = self.host(policy, mode)
@@ -195,6 +208,15 @@ class Paper:
 
     def cells(self) -> Iterator[Cell]:
         """Everything, in order."""
+        for workload, curve in CURVES.items():
+            for rate, known in curve.items():
+                yield Cell(
+                    figure="curves",
+                    row=workload,
+                    column=f"{rate:g}/s",
+                    published=known,
+                    make=lambda w=workload, r=float(rate): self.latency(w, r),
+                )
         for mode in MODES:
             for policy, known in MAXIMUM.items():
                 for workload in LIMITS:
@@ -334,7 +356,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Makes what is missing, then all tables and figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of results")
-    parser.add_argument("--only", action="append", metavar="FIG", help="fig10 to fig15; repeatable")
+    parser.add_argument(
+        "--only", action="append", metavar="FIG", help="curves, fig10 to fig15; repeatable"
+    )
     parser.add_argument("--requests", type=int, default=1000, help="of each run (default 1000)")
     parser.add_argument("--seed", type=int, default=0, help="of all draws (default 0)")
     parser.add_argument("--calibration", type=Path, help="table of measured times, for fig15")
