@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from loongjax.config import EngineConfig
+from loongjax.costmodel import ScalingInformationBase
 from loongjax.engine import Engine
 from loongjax.errors import ConfigError
 from loongjax.executor.protocol import Executor
@@ -17,7 +18,8 @@ from loongjax.kvcache import BlockAllocator
 from loongjax.models.config import ModelConfig
 from loongjax.models.resolve import ResolvedModel, resolve
 from loongjax.plan import Topology
-from loongjax.scheduler.policies.first_come import FirstCome
+from loongjax.scheduler.policies import create_policy, needs_cost
+from loongjax.scheduler.policy import Policy
 from loongjax.text import Tokenizer, load_tokenizer
 
 
@@ -53,6 +55,7 @@ def build_engine(model: str, config: EngineConfig) -> BuiltEngine:
       ConfigError: The configuration does not fit the model or the devices.
       BackendStartedError: jax runs already, with too few devices.
     """
+    policy = make_policy(config)
     resolved = resolve(model)
     _check_max_model_len(config, resolved.config)
     tokenizer = load_tokenizer(resolved.tokenizer)
@@ -67,7 +70,7 @@ def build_engine(model: str, config: EngineConfig) -> BuiltEngine:
         group_slots = max(topology.degrees) * allocator.usable
         engine = Engine(
             executor=executor,
-            policy=FirstCome(),
+            policy=policy,
             allocator=allocator,
             topology=topology,
             vocab_size=resolved.config.vocab_size,
@@ -80,6 +83,23 @@ def build_engine(model: str, config: EngineConfig) -> BuiltEngine:
         executor.close()
         raise
     return BuiltEngine(engine=engine, model=resolved.config, tokenizer=tokenizer)
+
+
+def make_policy(config: EngineConfig) -> Policy:
+    """The policy that a configuration names, with its cost model.
+
+    Raises:
+      ConfigError: It does not exist, or needs a cost model that is missing or damaged.
+    """
+    if config.cost_model is not None:
+        cost = ScalingInformationBase.load(config.cost_model)
+        return create_policy(config.policy, cost)
+    if needs_cost(config.policy):
+        raise ConfigError(
+            f"policy {config.policy!r} plans by how long steps take; give a cost_model file, or "
+            "use first_come, which needs none"
+        )
+    return create_policy(config.policy, None)
 
 
 def _create_executor(resolved: ResolvedModel, config: EngineConfig) -> DeviceExecutor:

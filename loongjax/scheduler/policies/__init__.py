@@ -45,13 +45,18 @@ def policy_names() -> tuple[str, ...]:
     return tuple(sorted(_POLICIES))
 
 
-def create_policy(text: str, cost: CostModel) -> Policy:
+def needs_cost(text: str) -> bool:
+    """Whether a policy asks how long steps take; see `create_policy`."""
+    return "cost" in {each.name for each in fields(_parse(text)[1].settings)}
+
+
+def create_policy(text: str, cost: CostModel | None) -> Policy:
     """A policy by its name, and, after a colon, its settings.
 
     Args:
       text: One of `policy_names`, such as `loongserve`, or with settings that its class
         documents, such as `chunked_prefill:chunk=512,order=slack`.
-      cost: What it may ask about time, if it does.
+      cost: What it may ask about time; None only if it does not (`needs_cost`).
 
     Raises:
       ConfigError: There is no such policy or setting, or a value is out of range.
