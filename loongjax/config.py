@@ -92,6 +92,9 @@ class EngineConfig:
         most; longer prompts are computed in chunks, and decoding goes on in between. Memory
         for activations, and the largest program to compile, grow with it; below about 1,000
         the fixed cost of a step shows. Rounded up to a compiled size.
+      policy: Who plans, by name, with settings after a colon (`scheduler/policies`), such as
+        `loongserve:patience=2`. All but `first_come` need a cost model.
+      cost_model: File with the times of steps on these devices, which `policy` asks.
       dtype: Of weights, KV and activations. bfloat16 halves memory and is faster on
         accelerators; only float32 gives the same tokens at every degree. None: float32 on
         CPU, bfloat16 elsewhere.
@@ -108,6 +111,8 @@ class EngineConfig:
     pool: PoolConfig = field(default_factory=PoolConfig)
     max_model_len: int | None = None
     max_chunk_tokens: int = 2048
+    policy: str = "first_come"
+    cost_model: Path | None = None
     dtype: Dtype | None = None
     program_dir: Path | None = None
     trusted_program_dir: Path | None = None

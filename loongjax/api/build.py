@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from loongjax.api.progress import progress_bar
 from loongjax.config import EngineConfig
+from loongjax.costmodel import ScalingInformationBase
 from loongjax.engine import Engine
 from loongjax.errors import ConfigError
 from loongjax.executor.host_time import HostTime
@@ -19,7 +20,7 @@ from loongjax.kvcache import BlockAllocator
 from loongjax.models.config import ModelConfig
 from loongjax.models.resolve import ResolvedModel, resolve
 from loongjax.plan import Topology
-from loongjax.scheduler.policies.first_come import FirstCome
+from loongjax.scheduler.policies import create_policy, needs_cost
 from loongjax.scheduler.policy import Policy
 from loongjax.text import Tokenizer, load_tokenizer
 
@@ -59,7 +60,7 @@ class BuiltEngine:
 def build_engine(model: str, config: EngineConfig, policy: Policy | None = None) -> BuiltEngine:
     """Resolves and loads a model, and starts an engine on it.
 
-    `policy` decides what runs where; None: first come, first served.
+    `policy` decides what runs where; None: the one that `config` names.
 
     Raises:
       ModelError: The model cannot be found or read.
@@ -67,6 +68,7 @@ def build_engine(model: str, config: EngineConfig, policy: Policy | None = None)
       BackendStartedError: jax runs already, with too few devices.
       StepError: Warm-up failed.
     """
+    policy = policy or make_policy(config)
     resolved = resolve(model)
     _check_max_model_len(config, resolved.config)
     tokenizer = load_tokenizer(resolved.tokenizer)
@@ -81,7 +83,7 @@ def build_engine(model: str, config: EngineConfig, policy: Policy | None = None)
         group_slots = max(topology.degrees) * allocator.usable
         engine = Engine(
             executor=executor,
-            policy=policy or FirstCome(),
+            policy=policy,
             allocator=allocator,
             topology=topology,
             vocab_size=resolved.config.vocab_size,
@@ -110,6 +112,23 @@ def plan_engine(model: str, config: EngineConfig) -> tuple[ModelConfig, Executor
     from loongjax.executor.create import plan_executor
 
     return resolved.config, plan_executor(resolved.config, config)
+
+
+def make_policy(config: EngineConfig) -> Policy:
+    """The policy that a configuration names, with its cost model.
+
+    Raises:
+      ConfigError: It does not exist, or needs a cost model that is missing or damaged.
+    """
+    if config.cost_model is not None:
+        cost = ScalingInformationBase.load(config.cost_model)
+        return create_policy(config.policy, cost)
+    if needs_cost(config.policy):
+        raise ConfigError(
+            f"policy {config.policy!r} plans by how long steps take; give a cost_model file, or "
+            "use first_come, which needs none"
+        )
+    return create_policy(config.policy, None)
 
 
 def _create_executor(resolved: ResolvedModel, config: EngineConfig) -> DeviceExecutor:

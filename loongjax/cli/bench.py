@@ -1,14 +1,15 @@
-"""`loongjax bench`: measurements, each a command of its own."""
+"""`loongjax bench`: what was measured on this machine, a subcommand for each part."""
 
 from __future__ import annotations
 
 import argparse
 
-from loongjax.cli import bench_engine
+from loongjax.cli import bench_engine, bench_scheduler
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds `bench` to the command's parser."""
-    parser = commands.add_parser("bench", help="measure", description="Measures this machine.")
-    benches = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
-    bench_engine.add_command(benches)
+    """Adds `bench` and its parts to the command's parser."""
+    parser = commands.add_parser("bench", help="measure a part of loongjax on this machine")
+    parts = parser.add_subparsers(title="parts", metavar="PART", required=True)
+    bench_engine.add_command(parts)
+    bench_scheduler.add_command(parts)

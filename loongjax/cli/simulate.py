@@ -7,8 +7,9 @@ import json
 from typing import Any
 
 from loongjax.cli.options import add_json_option
+from loongjax.costmodel import HostTime
 from loongjax.errors import RequestError
-from loongjax.scheduler.policies import create_policy, policy_names
+from loongjax.scheduler.policies import create_policy, policy_layout, policy_names
 from loongjax.simulator import (
     Deployment,
     Goodput,
@@ -48,12 +49,13 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_cluster_options(parser.add_argument_group("hardware"))
-    _add_workload_options(parser.add_argument_group("workload"))
+    add_workload_options(parser.add_argument_group("workload"))
     parser.add_argument(
         "--policy",
         default="loongserve",
         metavar="NAME",
-        help=f"who plans: {', '.join(policy_names())} (default loongserve)",
+        help=f"who plans: {', '.join(policy_names())} (default loongserve); settings follow a "
+        "colon, as in chunked_prefill:chunk=512,order=slack",
     )
     parser.add_argument(
         "--goodput",
@@ -77,7 +79,10 @@ def _add_cluster_options(group: argparse._ArgumentGroup) -> None:
         "--model-shape", default="llama2-7b", metavar="NAME", help="(default llama2-7b)"
     )
     group.add_argument(
-        "--instances", type=int, metavar="N", help="elastic instances (default: what chips make)"
+        "--instances",
+        type=int,
+        metavar="N",
+        help="elastic instances (default: as the policy is at its best)",
     )
     group.add_argument(
         "--tensor-parallel",
@@ -100,9 +105,17 @@ def _add_cluster_options(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="prompt tokens of one step for each instance (default: as many as its pool holds)",
     )
+    group.add_argument(
+        "--host-us",
+        type=host_time,
+        metavar="TURN,STEP,ROW",
+        help="what the engine's thread takes to look and plan, for each step, and for each "
+        "request in it [µs] (default: that of the cost model)",
+    )
 
 
-def _add_workload_options(group: argparse._ArgumentGroup) -> None:
+def add_workload_options(group: argparse._ArgumentGroup) -> None:
+    """What requests come, and when."""
     group.add_argument(
         "--workload",
         default="sharegpt",
@@ -145,6 +158,8 @@ def run(options: argparse.Namespace) -> None:
         pool_slots=options.pool_slots,
         block_size=options.block_size,
         max_chunk_tokens=options.max_chunk_tokens,
+        layout=policy_layout(options.policy),
+        host=options.host_us,
     )
     policy = create_policy(options.policy, deployment.cost)
     objective = Objective()
@@ -169,6 +184,19 @@ def run(options: argparse.Namespace) -> None:
         print(describe(result, deployment), flush=True)
 
 
+def host_time(text: str) -> HostTime:
+    """Three numbers with commas between them, in microseconds."""
+    try:
+        turn, step, row = (float(part) * 1e-6 for part in text.split(","))
+    except ValueError:
+        turn = step = row = -1.0
+    if not min(turn, step, row) >= 0.0:
+        raise argparse.ArgumentTypeError(
+            f"give three numbers of microseconds, such as 300,500,10, not {text!r}"
+        )
+    return HostTime(turn_s=turn, step_s=step, row_s=row)
+
+
 def read_jobs(options: argparse.Namespace) -> list[Job]:
     """The workload that the options ask for."""
     for name in ("requests", "max_tokens"):
@@ -179,7 +207,7 @@ def read_jobs(options: argparse.Namespace) -> list[Job]:
         if options.rate is None and not options.goodput:
             raise RequestError(
                 f"say at which --rate the requests of {options.workload} come, or search one "
-                "with --goodput"
+                "with `loongjax simulate --goodput`"
             )
         return draw_jobs(
             options.workload,

@@ -197,13 +197,12 @@ def _check_requests(books: _Books, steps: tuple[Step, ...], gone: set[RequestId]
 
 
 def _lacks(books: _Books, step: Step, name: RequestId) -> str | None:
-    """What a request does not do though a step of this kind needs it; KV of anybody may move."""
-    match step:
-        case PrefillStep() if name not in books.waiting:
-            return "wait"
-        case DecodeStep() if name not in books.running:
-            return "run"
-    return None
+    """What a request does not do though a step of this kind needs it.
+
+    KV of anybody may move, and whoever decodes may be carried along by a prefill step, as a
+    chunk of one token.
+    """
+    return "run" if isinstance(step, DecodeStep) and name not in books.running else None
 
 
 # ---- prefill ----------------------------------------------------------------------------
@@ -218,7 +217,8 @@ def _check_prefill(books: _Books, step: PrefillStep) -> None:
             "for each chunk, in the same order",
         )
     for chunk, placement in zip(step.chunks, step.keep, strict=True):
-        view = books.waiting[chunk.request]
+        view = books.get(chunk.request)
+        assert view is not None  # see `_check_requests`
         _check_chunk(step, chunk, view)
         _check_placement(step, chunk, placement)
         _check_homes(step, view)

@@ -7,19 +7,20 @@ data sheet.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loongjax.cluster.topology import EverySubset, default_topology
 from loongjax.costmodel.analytic import analytic_sib, least_tensor_parallel
 from loongjax.costmodel.calibrated import calibrated_sib
 from loongjax.costmodel.hardware import HardwareDescription, hardware_names, load_hardware
-from loongjax.costmodel.sib import ScalingInformationBase
+from loongjax.costmodel.sib import HostTime, ScalingInformationBase
 from loongjax.errors import ConfigError
 from loongjax.executor.protocol import ExecutorLimits
 from loongjax.models.config import ModelConfig
 from loongjax.models.random_weights import random_config
 from loongjax.plan import Topology
+from loongjax.scheduler.policies import Layout
 from loongjax.simulator.jobs import Job
 
 _MAX_ROWS = 1024
@@ -85,6 +86,8 @@ def deploy(
     block_size: int = 16,
     max_chunk_tokens: int | None = None,
     every_subset: bool = False,
+    layout: Layout = "usual",
+    host: HostTime | None = None,
 ) -> Deployment:
     """Resolves a deployment.
 
@@ -93,12 +96,14 @@ def deploy(
         measured, which needs `instances`.
       model_shape: One of the named shapes of random models.
       instances: None: as many as the chips make.
-      tensor_parallel: Chips of an instance. None: what is usual for the hardware, else the
-        fewest that hold the weights with as much room for KV.
+      tensor_parallel: Chips of an instance. None: as `layout` says; usual is what the hardware's
+        description says, else the fewest that hold the weights with as much room for KV.
       pool_slots: KV tokens of an instance. None: as measured, or what memory leaves.
       block_size: Tokens per block.
       max_chunk_tokens: Prompt tokens of a step for each rank. None: as many as KV fits.
       every_subset: Any instances may form a group, whatever is usual for the platform.
+      layout: How the chips are cut if neither `instances` nor `tensor_parallel` is given.
+      host: Time of the engine itself. None: that of the cost model.
 
     Raises:
       ConfigError: Something unknown, missing, or out of range.
@@ -113,13 +118,18 @@ def deploy(
     else:
         chip, chips = _parse(hardware)
         usual = _usual_tensor_parallel(chip, model, chips)
-        tp = usual if tensor_parallel is None else tensor_parallel
+        if tensor_parallel is None and instances is None:
+            parts = {"usual": chips // usual, "one": 1, "halves": 2}[layout]
+            tp = max(1, chips // parts)
+        else:
+            tp = usual if tensor_parallel is None else tensor_parallel
         count = chips // tp if instances is None else instances
         _check_chips(hardware, chips, count, tp)
         cost = _sib(chip, model, model_shape, tp, count)
         reference_degree = max(1, chips // usual)
         reference = _sib(chip, model, model_shape, usual, reference_degree)
         platform = chip.platform
+    cost = cost if host is None else replace(cost, host=host)
     slots = cost.pool_slots if pool_slots is None else pool_slots
     if slots is None or slots < block_size or block_size < 1:
         raise ConfigError(

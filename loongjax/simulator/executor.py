@@ -19,6 +19,7 @@ from loongjax.errors import IntegrityError, StepError
 from loongjax.executor.protocol import ExecutorLimits, RequestInput
 from loongjax.kvcache.messages import SlotPlan
 from loongjax.plan import (
+    InstanceId,
     MigrateStep,
     PrefillStep,
     RequestId,
@@ -62,7 +63,8 @@ class VirtualExecutor:
         self._host = host
         self._limits = limits
         self._now = 0.0
-        self._flying: list[tuple[float, int, float, Step]] = []
+        self._flying: list[tuple[float, int, _Flight]] = []
+        self._idle_at: dict[InstanceId, float] = {}
         self._lives: dict[RequestId, _Life] = {}
         self.scaling = ScalingCounter()
         self.steps = 0
@@ -89,12 +91,18 @@ class VirtualExecutor:
         )
 
     def submit(self, step: Step, slots: SlotPlan) -> None:
-        """See `Executor`. Takes host time."""
+        """See `Executor`. Takes host time; runs when what is in flight on the group has ended."""
         seconds = step_seconds(step, self._ledger, self._cost)
         self._ledger.apply(step, slots)
         self.scaling.add(step)
         self._now += self._host.step_s + self._host.row_s * _rows(step)
-        heapq.heappush(self._flying, (self._now + seconds, step.seq, self._now, step))
+        started = max(self._now, *(self._idle_at.get(i, 0.0) for i in step.group))
+        ended = started + seconds
+        self._idle_at.update(dict.fromkeys(step.group, ended))
+        names = _sampled(step)
+        held = tuple([self._lives[name].held.total for name in names])
+        flight = _Flight(started=started, names=names, held=held)
+        heapq.heappush(self._flying, (ended, step.seq, flight))
         self.steps += 1
         self.busy_s += seconds * len(step.group)
 
@@ -117,10 +125,9 @@ class VirtualExecutor:
         self._door.advance(self._now)
         results = []
         while self._flying and self._flying[0][0] <= self._now:
-            ended, _, started, step = heapq.heappop(self._flying)
-            results.append(
-                StepResult(seq=step.seq, tokens=self._sample(step), started=started, ended=ended)
-            )
+            ended, seq, flight = heapq.heappop(self._flying)
+            tokens = self._sample(flight)
+            results.append(StepResult(seq=seq, tokens=tokens, started=flight.started, ended=ended))
         return results
 
     def wake(self) -> None:
@@ -139,15 +146,29 @@ class VirtualExecutor:
     def close(self) -> None:
         """Nothing to give back."""
 
-    def _sample(self, step: Step) -> tuple[SampledToken, ...]:
-        if isinstance(step, MigrateStep):
-            return ()
-        if isinstance(step, PrefillStep):
-            names = [chunk.request for chunk in step.chunks if chunk.last]
-        else:
-            names = [row.request for row in step.rows]
+    def _sample(self, flight: _Flight) -> tuple[SampledToken, ...]:
         lives = self._lives
-        return tuple([SampledToken(name, lives[name].next_token()) for name in names])
+        return tuple(
+            [
+                SampledToken(name, lives[name].next_token(held))
+                for name, held in zip(flight.names, flight.held, strict=True)
+            ]
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Flight:
+    """A step that was launched.
+
+    Attributes:
+      started: When [s].
+      names: Requests that get a token by it.
+      held: KV tokens that each of those has then.
+    """
+
+    started: float
+    names: tuple[RequestId, ...]
+    held: tuple[int, ...]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -158,15 +179,24 @@ class _Life:
     held: Held
     generated: int = 0
 
-    def next_token(self) -> int:
-        """Goes on by one token, if all that came before has KV."""
-        if self.held.total != self.job.prompt + self.generated:
+    def next_token(self, held: int) -> int:
+        """Goes on by one token, if all that came before has KV: `held` tokens."""
+        if held != self.job.prompt + self.generated:
             raise IntegrityError(
                 f"request {self.job.id!r} is to go on after {self.job.prompt + self.generated} "
-                f"tokens, of which {self.held.total} have KV; this is a fault in loongjax"
+                f"tokens, of which {held} have KV; this is a fault in loongjax"
             )
         self.generated += 1
         return END if self.generated == self.job.output else WORD
+
+
+def _sampled(step: Step) -> tuple[RequestId, ...]:
+    """Requests that get a token."""
+    if isinstance(step, MigrateStep):
+        return ()
+    if isinstance(step, PrefillStep):
+        return tuple([chunk.request for chunk in step.chunks if chunk.last])
+    return tuple([row.request for row in step.rows])
 
 
 def _rows(step: Step) -> int:

@@ -8,13 +8,14 @@ requests come in, are simulated.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from loongjax.engine.history import History
 from loongjax.engine.loop import Loop
 from loongjax.engine.state import State
 from loongjax.errors import RequestError
+from loongjax.executor.host_time import HostTime
 from loongjax.kvcache import BlockAllocator
 from loongjax.scheduler.policy import Policy
 from loongjax.simulator.deployment import Deployment
@@ -56,18 +57,31 @@ class Run:
     wall_s: float
 
 
-def simulate(jobs: Sequence[Job], deployment: Deployment, policy: Policy) -> Run:
-    """Runs all jobs to their end.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cluster:
+    """The engine's own parts around a simulated executor and door."""
+
+    allocator: BlockAllocator
+    door: SimulatedDoor
+    executor: VirtualExecutor
+    state: State
+    history: History
+    loop: Loop
+
+
+def assemble(
+    jobs: Sequence[Job],
+    deployment: Deployment,
+    policy: Policy,
+    make_state: Callable[..., State] = State,
+) -> Cluster:
+    """Puts a simulation together, ready to serve.
 
     Raises:
-      PlanError: The policy broke a rule.
-      IntegrityError: The books of the pool do not agree.
-      StepError: The policy came to a standstill.
       RequestError: There are no jobs, or two with one id.
     """
     if not jobs:
         raise RequestError("there are no jobs to simulate; give at least one")
-    started = time.perf_counter()
     allocator = BlockAllocator(
         instances=deployment.instances,
         slots=deployment.pool_slots,
@@ -81,7 +95,7 @@ def simulate(jobs: Sequence[Job], deployment: Deployment, policy: Policy) -> Run
         host=deployment.cost.host,
         limits=deployment.limits,
     )
-    state = State(allocator=allocator, topology=deployment.topology, limits=deployment.limits)
+    state = make_state(allocator=allocator, topology=deployment.topology, limits=deployment.limits)
     history = History()
     loop = Loop(
         executor=executor,
@@ -89,17 +103,41 @@ def simulate(jobs: Sequence[Job], deployment: Deployment, policy: Policy) -> Run
         state=state,
         front=door,
         history=history,
+        host_time=HostTime(),
         eos_ids=frozenset({END}),
     )
-    loop.serve()
+    return Cluster(
+        allocator=allocator,
+        door=door,
+        executor=executor,
+        state=state,
+        history=history,
+        loop=loop,
+    )
+
+
+def simulate(jobs: Sequence[Job], deployment: Deployment, policy: Policy) -> Run:
+    """Runs all jobs to their end.
+
+    Raises:
+      PlanError: The policy broke a rule.
+      IntegrityError: The books of the pool do not agree.
+      StepError: The policy came to a standstill.
+      RequestError: There are no jobs, or two with one id.
+    """
+    started = time.perf_counter()
+    cluster = assemble(jobs, deployment, policy)
+    allocator, door, executor = cluster.allocator, cluster.door, cluster.executor
+    cluster.loop.serve()
     allocator.check_integrity()
     first = min(job.arrival for job in jobs)
     ended = max(outcome.end for outcome in door.outcomes)
-    stats = history.stats(state.published, executor.program_counts, alive=False)
+    state, programs = cluster.state.published, executor.program_counts
+    stats = cluster.history.stats(state, programs, (), alive=False)
     time_of_all = deployment.instances * max(executor.now() - first, 1e-9)
     return Run(
         outcomes=tuple(door.outcomes),
-        history=history,
+        history=cluster.history,
         started=first,
         last_arrival=max(job.arrival for job in jobs),
         ended=ended,

@@ -95,6 +95,29 @@ def test_a_measured_cost_model_can_be_given(capsys, trace, tmp_path):
     assert "--instances" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("policy", "instances"),
+    [("tp", 1), ("chunked_prefill:chunk=512", 1), ("disaggregated", 2), ("static_sp", 4)],
+)
+def test_baselines_run_on_the_instances_that_they_are_made_for(capsys, policy, instances):
+    report = run_json(capsys, *SHORT, "--policy", policy)
+    assert (report["completed"], report["instances"]) == (5, instances)
+
+
+def test_host_time_delays_everything(capsys):
+    short = run_json(capsys, *SHORT)["tpot_s"]["p50"]
+    long = run_json(capsys, *SHORT, "--host-us", "300,50000,10")["tpot_s"]["p50"]
+    assert long > short + 0.03
+
+
+@pytest.mark.parametrize("text", ["1,2", "a,b,c", "1,2,-3"])
+def test_host_time_is_three_numbers(capsys, text):
+    with pytest.raises(SystemExit) as failed:
+        simulate(*SHORT, "--host-us", text)
+    assert failed.value.code == 2
+    assert "three numbers of microseconds" in capsys.readouterr().err
+
+
 def test_lines_for_people(capsys):
     assert simulate(*SHORT, "--hardware", "v5ex16", "--tensor-parallel", "4") == 0
     printed = capsys.readouterr().out
@@ -115,7 +138,7 @@ def test_lines_for_people(capsys):
         ([*SHORT, "--tensor-parallel", "16"], "do not fit"),
         ([*SHORT, "--model-shape", "gpt5"], "no random model is called 'gpt5'"),
         ([*SHORT, "--model-shape", "llama3-70b", "--tensor-parallel", "1"], "weights alone"),
-        ([*SHORT, "--policy", "magic"], "known are first_come, loongserve"),
+        ([*SHORT, "--policy", "magic"], "known are chunked_prefill"),
         ([*SHORT, "--pool-slots", "3"], "--pool-slots"),
         ([*SHORT, "--block-size", "0"], "block"),
         ([*SHORT, "--requests", "0"], "--requests must be at least 1, not 0"),

@@ -190,9 +190,9 @@ def test_request_in_flight_is_left_alone() -> None:
     )
 
 
-def test_prefill_is_for_those_who_wait_and_decode_for_those_who_run() -> None:
-    refuses("request 'full' does not wait", prefill(place("full", (0, 1))))
+def test_decode_is_for_those_who_run_but_a_prefill_step_may_carry_them_along() -> None:
     refuses("request 'waits' does not run", decode(("waits", 0, 0)))
+    validate(SNAPSHOT, Plan(steps=(prefill(place("full", (0, 1))),)))
 
 
 def test_step_works_on_something() -> None:

@@ -8,6 +8,8 @@ later chunks follow the first one.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from loongjax.plan import Group, InstanceId, RequestView, Share
 from loongjax.scheduler.policies.board import Board
 
@@ -34,19 +36,38 @@ def keep(
     taken: dict[InstanceId, int] = {}
     if blocks:
         chosen = _choose(board, view, group, blocks)
-        taken = _balance({instance: board.free[instance] for instance in chosen}, blocks)
-    kept = {instance: count * size for instance, count in taken.items() if count}
+        taken = balance({instance: board.free[instance] for instance in chosen}, blocks)
+    return in_order(view, taken, board.free, tokens, size), taken
+
+
+def in_order(
+    view: RequestView,
+    taken: Mapping[InstanceId, int],
+    free: Mapping[InstanceId, int],
+    tokens: int,
+    block_size: int,
+) -> tuple[Share, ...]:
+    """A request's next `tokens` in the block that is partly filled, and in new ones.
+
+    Args:
+      view: The request.
+      taken: New blocks by instance.
+      free: Free blocks by instance, those included.
+      tokens: How many fill these blocks, but for the last one.
+      block_size: Tokens per block.
+    """
+    kept = {instance: count * block_size for instance, count in taken.items() if count}
     first = None if view.tail is None else view.tail.instance
     if view.tail is not None:
         kept[view.tail.instance] = kept.get(view.tail.instance, 0) + view.tail.tokens
     homes = sorted(
         kept,
-        key=lambda home: (home != first, board.free[home] - taken.get(home, 0), home),
+        key=lambda home: (home != first, free[home] - taken.get(home, 0), home),
     )
     shares = [Share(home, kept[home]) for home in homes]
     surplus = sum(kept.values()) - tokens
     shares[-1] = Share(shares[-1].instance, shares[-1].tokens - surplus)
-    return tuple(shares), taken
+    return tuple(shares)
 
 
 def _choose(board: Board, view: RequestView, group: Group, blocks: int) -> list[InstanceId]:
@@ -73,7 +94,7 @@ def _choose(board: Board, view: RequestView, group: Group, blocks: int) -> list[
     return order[:count]
 
 
-def _balance(free: dict[InstanceId, int], blocks: int) -> dict[InstanceId, int]:
+def balance(free: dict[InstanceId, int], blocks: int) -> dict[InstanceId, int]:
     """Blocks to take from each, so that what remains free is as equal as it can be."""
     level = max(0, (sum(free.values()) - blocks) // len(free))
     taken = {instance: max(0, room - level) for instance, room in free.items()}
