@@ -11,6 +11,7 @@ from loongjax.cluster.topology import EverySubset
 from loongjax.config import ClusterConfig, EngineConfig, PoolConfig
 from loongjax.engine import GenerationRequest
 from loongjax.errors import ConfigError
+from loongjax.executor.host_time import HostTime
 from loongjax.models.resolve import ResolvedModel, resolve
 from loongjax.text import load_tokenizer
 from tests.engine.fake_executor import VOCAB, FakeExecutor, answer
@@ -26,6 +27,7 @@ class FakeDevices(FakeExecutor):
         super().__init__()
         self.pool_slots = config.pool.slots or 5000
         self.topology = EverySubset(config.cluster.instances)
+        self.host_time = HostTime()
 
 
 @pytest.fixture
@@ -84,8 +86,8 @@ def test_end_tokens_of_model_and_tokenizer_both_count(
     )
     monkeypatch.setattr(build, "load_tokenizer", lambda files: with_eos)
     with build.build_engine(MODEL, EngineConfig()).engine as engine:
-        for prompt in ((1, 2), (1, 2, *tokens[:2])):
-            handle = engine.submit(GenerationRequest(id="a", token_ids=prompt))
+        for name, prompt in (("a", (1, 2)), ("b", (1, 2, *tokens[:2]))):
+            handle = engine.submit(GenerationRequest(id=name, token_ids=prompt))
             assert collect(handle)[1].reason == "stop"
 
 

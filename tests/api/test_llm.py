@@ -226,6 +226,8 @@ def test_leaving_a_stream_aborts_it() -> None:
 
 
 def test_interrupt_aborts_the_requests_and_leaves_the_engine_usable() -> None:
+    # A shell starts background jobs with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with llm_over() as (llm, it):
         it.executor.hold()
 
@@ -244,6 +246,7 @@ def test_interrupt_aborts_the_requests_and_leaves_the_engine_usable() -> None:
         assert it.used == 0
         assert it.engine.stats().generated_tokens <= 5
         assert llm.generate("hello", FOUR)[0].token_ids == answer(HELLO, 4)
+    signal.signal(signal.SIGINT, before)
 
 
 def test_dropped_llm_gives_its_engine_back() -> None:
