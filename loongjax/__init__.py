@@ -35,6 +35,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "BackendStartedError",
+    "BenchError",
     "CapacityError",
     "ConfigError",
     "EngineClosedError",

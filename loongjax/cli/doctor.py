@@ -116,7 +116,7 @@ def examine(options: argparse.Namespace) -> dict[str, Any]:
             },
         },
         "buckets": {
-            "prefill": list(catalogue.chunk_buckets),
+            "prefill": list(catalogue.chunk_buckets[:-1]),
             "extend": [catalogue.max_chunk_tokens],
             "decode": list(catalogue.row_buckets),
             "migrate": [MIGRATE_TOKENS],

@@ -216,7 +216,7 @@ class DecodeFrame:
             filled[master] += 1
         self._places = tuple(zip(self._names, places, strict=True))
         meta = self._meta = np.zeros((spec.degree, layout.size), np.int32)
-        at = np.array(places)
+        at = np.array(places, np.intp)  # none in a warm-up step
         mine = np.divmod(at, spec.rows)  # (rank, row) of the master
         field = partial(layout.of_all_ranks, meta)
         field("temperature")[mine] = [log.temperature_bits for log in self._logs]
@@ -227,7 +227,7 @@ class DecodeFrame:
         field("update")[:, :, 0] = spare_entry
         # Where the numbers of a step stand, in the order in which `inputs` lists them.
         place = partial(layout.of_all_ranks, np.arange(meta.size).reshape(meta.shape))
-        home = [rank_of[row.home] for row in step.rows]
+        home = np.array([rank_of[row.home] for row in step.rows], np.intp)
         changing = [place(name)[mine] for name in ("token", "source", "sample_position")]
         changing.append(place("write")[home, at])
         for rank in range(spec.degree):

@@ -45,7 +45,7 @@ class Catalogue:
 
     @property
     def chunk_buckets(self) -> tuple[int, ...]:
-        """Local tokens of the prefill programs, ascending."""
+        """Local tokens of prefill programs, ascending; the last is the extend program's."""
         return tuple(_ladder(chunk_bucket, self.max_chunk_tokens))
 
     @property

@@ -55,9 +55,9 @@ def test_json_tells_what_an_engine_would_be_made_of(capsys, tmp_path):
     assert memory["tokens"] == {"instance": 1000, "largest_group": 2000, "all": 2000}
     assert memory["weight_bytes"] < memory["available_bytes"]
     assert report["buckets"] == {
-        "prefill": [128],
+        "prefill": [],
         "extend": [128],
-        "decode": [8, 32],
+        "decode": [1, 8, 32],
         "migrate": [1024],
     }
     programs = report["programs"]
@@ -85,7 +85,7 @@ def test_a_second_start_compiles_nothing_and_doctor_knows(capsys):
     assert report["memory"]["slots"] == first["pool"]["slots"]
     assert report["memory"]["temporary_bytes"] > 0
     on_disk = {p["name"] for p in report["programs"]["catalogue"] if p["on_disk"]}
-    assert on_disk == {"prefill-d1-t128-r32", "decode-d1-t8-r8"}
+    assert on_disk == {"extend-d1-t128-r32", "decode-d1-t1-r1"}
 
 
 def test_a_table_for_people(capsys):

@@ -55,11 +55,11 @@ def test_there_is_none_where_all_end_or_a_home_is_full() -> None:
 
 
 def test_there_is_none_where_a_smaller_program_would_do() -> None:
-    step = step_of(*((name, 0, 0) for name in "abcde"), group=(0,))  # a program of 8 rows
+    step = step_of(*((name, 0, 0) for name in "abcdefghi"), group=(0,))  # a program of 32 rows
     assert following(step) is not None
     assert following(step, ending="a") is None
-    uneven = step_of(*((name, 0, 0) for name in "abcdefgh"), ("i", 1, 1))  # 5 and 4 would be 8 too
-    assert following(uneven, ending="i") is None
+    uneven = step_of(*((name, 0, 0) for name in "abcdefghi"), ("j", 1, 1))  # 5 and 4 would do
+    assert following(uneven, ending="j") is None
 
 
 # ---- the engine ---------------------------------------------------------------------------

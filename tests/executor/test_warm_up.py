@@ -70,7 +70,7 @@ def test_a_mixed_load_compiles_nothing_after_warm_up(programs, compilations):
     built = build_engine("random:tiny", config(programs))
     with LLM.from_engine(built.engine) as llm:
         warmed = llm.stats().programs
-        # 3 + 3 groups; on each a prefill, an extend and two decode programs, on pairs migrate
+        # 3 + 3 groups; on each an extend and three decode programs, on pairs migrate
         assert warmed.compiled + warmed.loaded == 4 + 5
         assert warmed.compiled + warmed.loaded + warmed.rebound == 3 * 4 + 3 * 5
         assert llm.stats().steps == ()
@@ -101,11 +101,11 @@ def lacking(catalogue, kind: str):
 
 @pytest.fixture
 def incomplete(monkeypatch):
-    """Warm-up forgets the prefill programs."""
+    """Warm-up forgets the programs for large chunks."""
     plain = module.warm_up
 
     def forgetful(executor, on_progress=None):
-        lacking(executor.catalogue, "prefill")
+        lacking(executor.catalogue, "extend")
         plain(executor, on_progress)
 
     monkeypatch.setattr(module, "warm_up", forgetful)
@@ -118,7 +118,7 @@ def test_strict_programs_fail_what_warm_up_forgot(few_programs):
     with LLM.from_engine(built.engine) as llm:
         (output,) = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=2))
         assert llm.stats().programs.compiled_after_warm_up == 0
-    assert "program prefill-d1-t128-r32 would have to be compiled after warm-up" in output.error
+    assert "program extend-d1-t128-r32 would have to be compiled after warm-up" in output.error
 
 
 @pytest.mark.usefixtures("incomplete")
@@ -130,7 +130,7 @@ def test_else_it_is_compiled_counted_and_named(few_programs, caplog):
         (output,) = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=2))
         assert llm.stats().programs.compiled_after_warm_up == 1
     assert output.error is None
-    assert "for prefill-d1-t128-r32 after warm-up" in caplog.text
+    assert "for extend-d1-t128-r32 after warm-up" in caplog.text
 
 
 @pytest.fixture

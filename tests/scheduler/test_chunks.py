@@ -93,7 +93,7 @@ def test_memory_of_a_begun_prompt_is_not_given_to_others() -> None:
 
 def test_begun_prompt_takes_its_memory_back_from_those_behind_it() -> None:
     """The other one has taken two slots between its chunks, and would have no room to end."""
-    it = engine(1, slots=20, max_chunk_tokens=4, headroom=0)
+    it = engine(1, slots=20, max_chunk_tokens=4, headroom=0, steps_ahead=0)
     submit(it, "behind", 4, tokens=16)
     run_until(it, "behind", 5)
     submit(it, "first", 12, tokens=2, priority=1)
