@@ -31,7 +31,7 @@ from loongjax.scheduler.policies.first_come import FirstCome
 from loongjax.scheduler.validate import blocks_for
 
 MAX_CHUNK = 48
-MAX_ROWS = 4  # for each rank: the smallest program
+MAX_ROWS = 4  # for each rank: few programs, none of them large
 
 
 class RandomPolicy:

@@ -251,7 +251,8 @@ class JaxExecutor:
             case PrefillStep(), PrefillSlots():
                 inputs = prefill_inputs(spec, step, slots, self._logs, trash)
                 if spec.kind == "extend":
-                    self._send_tables(group)
+                    if any(chunk.start for chunk in step.chunks):  # else nothing reads them
+                        self._send_tables(group)
                     add_history(spec, step, inputs, tables, partial(self._trips, spec))
                 for share in slots.shares:
                     self._tables[share.instance].append(share.request, share.entries)

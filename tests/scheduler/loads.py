@@ -112,3 +112,40 @@ class Hoarder(VirtualEngine):
     def _forget(self, name: str) -> None:
         self.allocator.fork(name, f"{name}, ended")
         super()._forget(name)
+
+
+def serve_one_that_fills_all(it: VirtualEngine, tokens: int) -> None:
+    """Serves one request that needs every slot of the largest group."""
+    tokens = min(tokens, it.capacity())
+    prompt = it.capacity() - tokens + 1
+    it.submit(Job(id="a", prompt=prompt, max_tokens=tokens, tokens=tokens))
+    it.run()
+
+
+def serve_until_full(
+    policy: Policy, slots: int, sizes: list[tuple[int, int]], limit: tuple[int, int], seed: int
+) -> VirtualEngine:
+    """Serves requests that together need all slots of four instances, and keep them.
+
+    `sizes` are prompts and answers of some; one more takes what they leave.
+    """
+    order = random.Random(seed)
+    it = Hoarder(
+        policy,
+        EverySubset(4),
+        slots=slots,
+        block_size=1,
+        max_chunk_tokens=limit[0],
+        max_rows=limit[1],
+        pick=lambda steps: order.randrange(len(steps)),
+    )
+    left = 4 * slots
+    for i, (prompt, tokens) in enumerate([*sizes, (left, 1)]):
+        prompt, tokens = min(prompt, left), min(tokens, left - min(prompt, left) + 1)
+        if prompt:
+            it.submit(Job(id=f"r{i}", prompt=prompt, max_tokens=tokens, tokens=tokens))
+            left -= prompt + tokens - 1
+    while it.jobs:
+        it.plan()
+        it.end_one()
+    return it

@@ -19,7 +19,6 @@ from loongjax.plan import (
 from loongjax.scheduler.policies.board import line_key
 from loongjax.scheduler.policies.first_come import FirstCome
 from tests.scheduler.loads import (
-    Hoarder,
     Load,
     clusters,
     engine,
@@ -27,6 +26,8 @@ from tests.scheduler.loads import (
     loads,
     pools,
     serve,
+    serve_one_that_fills_all,
+    serve_until_full,
 )
 from tests.scheduler.virtual_engine import Job, VirtualEngine
 
@@ -151,10 +152,7 @@ def test_one_request_may_fill_the_largest_group_to_the_last_slot(
     cluster: tuple[str, int, set[int]], pool: tuple[int, int], tokens: int, chunk: int
 ) -> None:
     it = engine(cluster, pool, FirstCome(tokens_per_rank=8, headroom=0), (chunk, 1), seed=0)
-    tokens = min(tokens, it.capacity())
-    prompt = it.capacity() - tokens + 1
-    it.submit(Job(id="a", prompt=prompt, max_tokens=tokens, tokens=tokens))
-    it.run()
+    serve_one_that_fills_all(it, tokens)
     assert it.fullest == it.capacity()
     assert not it.preempted
 
@@ -177,25 +175,7 @@ def test_requests_fill_the_pool_to_its_last_slot(
     """Requests that need all slots of four instances together get them, wherever these are:
     nobody is turned away or preempted, and nobody waits for memory while any is free.
     """
-    order = random.Random(seed)
-    it = Hoarder(
-        policy,
-        EverySubset(4),
-        slots=slots,
-        block_size=1,
-        max_chunk_tokens=limit[0],
-        max_rows=limit[1],
-        pick=lambda steps: order.randrange(len(steps)),
-    )
-    left = 4 * slots
-    for i, (prompt, tokens) in enumerate([*sizes, (left, 1)]):
-        prompt, tokens = min(prompt, left), min(tokens, left - min(prompt, left) + 1)
-        if prompt:
-            it.submit(Job(id=f"r{i}", prompt=prompt, max_tokens=tokens, tokens=tokens))
-            left -= prompt + tokens - 1
-    while it.jobs:
-        it.plan()
-        it.end_one()
+    it = serve_until_full(policy, slots, sizes, limit, seed)
     assert not it.preempted
     assert it.fullest == 4 * slots
     for snapshot, plan in it.plans:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loongjax.cluster.topology import EverySubset
 from loongjax.plan import PrefillStep, RequestView, Snapshot
 from loongjax.scheduler.policies.loongserve import LoongServe
 from loongjax.scheduler.policies.worktable import line_key
 from tests.scheduler.analytic_cost import AnalyticCost
 from tests.scheduler.loads import (
-    Hoarder,
     Load,
     clusters,
     engine,
@@ -22,8 +19,9 @@ from tests.scheduler.loads import (
     loads,
     pools,
     serve,
+    serve_one_that_fills_all,
+    serve_until_full,
 )
-from tests.scheduler.virtual_engine import Job
 
 # Tests have few tokens; costs as large as these make all of the four steps matter.
 costs = st.sampled_from(
@@ -102,10 +100,7 @@ def test_one_request_may_fill_the_largest_group_to_the_last_slot(
     chunk: int,
 ) -> None:
     it = engine(cluster, pool, LoongServe(cost=cost, headroom=0), (chunk, 1), seed=0)
-    tokens = min(tokens, it.capacity())
-    prompt = it.capacity() - tokens + 1
-    it.submit(Job(id="a", prompt=prompt, max_tokens=tokens, tokens=tokens))
-    it.run()
+    serve_one_that_fills_all(it, tokens)
     assert it.fullest == it.capacity()
     assert not it.preempted
 
@@ -128,24 +123,6 @@ def test_requests_fill_the_pool_to_its_last_slot(
     """No deadlock where requests that need all slots of four instances hold them in parts,
     and nobody has to give any up.
     """
-    order = random.Random(seed)
-    it = Hoarder(
-        replace(policy, scale_up=True),
-        EverySubset(4),
-        slots=slots,
-        block_size=1,
-        max_chunk_tokens=limit[0],
-        max_rows=limit[1],
-        pick=lambda steps: order.randrange(len(steps)),
-    )
-    left = 4 * slots
-    for i, (prompt, tokens) in enumerate([*sizes, (left, 1)]):
-        prompt, tokens = min(prompt, left), min(tokens, left - min(prompt, left) + 1)
-        if prompt:
-            it.submit(Job(id=f"r{i}", prompt=prompt, max_tokens=tokens, tokens=tokens))
-            left -= prompt + tokens - 1
-    while it.jobs:
-        it.plan()
-        it.end_one()
+    it = serve_until_full(replace(policy, scale_up=True), slots, sizes, limit, seed)
     assert it.fullest == 4 * slots
     assert not it.preempted

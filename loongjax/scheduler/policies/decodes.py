@@ -13,12 +13,13 @@ Promises that nobody starves as long as steps end:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Set
 from dataclasses import dataclass
 from itertools import count
 
 from loongjax.plan import DecodeRow, DecodeStep, Group, InstanceId, RequestId, RequestView
 from loongjax.scheduler.policies.board import Board, line_key
+from loongjax.scheduler.policies.seats import Seat, cover_together, most_free, seat_beside
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -34,21 +35,6 @@ class _Batch:
     group: Group
     needed: set[InstanceId]
     rows: list[tuple[RequestView, InstanceId]]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Seat:
-    """A place for one more request.
-
-    Attributes:
-      joined: The batches that become one, with this request in it.
-      group: Where they then are.
-      home: Where the request's next token is kept.
-    """
-
-    joined: tuple[_Batch, ...]
-    group: Group
-    home: InstanceId
 
 
 class Decodes:
@@ -120,7 +106,7 @@ class Decodes:
                 return True
         return False
 
-    def _wait_for(self, view: RequestView, seat: _Seat | None) -> None:
+    def _wait_for(self, view: RequestView, seat: Seat[_Batch] | None) -> None:
         """Keeps what is idle of a group for who waits for the rest of it."""
         self._board.wanted |= view.homes.union(seat.group if seat else ())
         if seat is not None and not seat.joined:
@@ -130,7 +116,7 @@ class Decodes:
 
     def _find(
         self, view: RequestView, usable: Set[InstanceId], roomy: Set[InstanceId]
-    ) -> _Seat | None:
+    ) -> Seat[_Batch] | None:
         """A seat on usable instances, its new block, if it needs one, on a roomy one: with its
         other KV, or else beside it.
         """
@@ -143,14 +129,14 @@ class Decodes:
         if len(joined) == 1 and len(joined[0].group) >= least and homes.issubset(joined[0].group):
             group: Group | None = joined[0].group
         else:
-            group = self._cover(joined, homes, usable, least)
+            group = cover_together(self._board, joined, homes, usable, least)
         if group is None:
             return None
         home = self._home_within(view, homes, group, roomy)
         if home is not None:
-            return _Seat(joined=joined, group=group, home=home)
-        beside = self._most_free(roomy - set(group))
-        return self._grow(homes, joined, usable, beside, least)
+            return Seat(joined=joined, group=group, home=home)
+        beside = most_free(roomy - set(group), self._board.free)
+        return seat_beside(self._board, joined, homes, usable, beside, least)
 
     def _home_within(
         self,
@@ -162,48 +148,13 @@ class Decodes:
         """Where the next token is kept, if the group has room: with its KV, if it can be."""
         if view.tail is not None:
             return view.tail.instance
-        own = self._most_free(roomy & homes)
+        own = most_free(roomy & homes, self._board.free)
         if own:
             return own[0]
-        others = self._most_free(roomy & set(group))
+        others = most_free(roomy & set(group), self._board.free)
         return others[0] if others else None
 
-    def _grow(
-        self,
-        homes: frozenset[InstanceId],
-        joined: tuple[_Batch, ...],
-        usable: Set[InstanceId],
-        beside: list[InstanceId],
-        least: int,
-    ) -> _Seat | None:
-        """The smallest group that also holds one of `beside`; among equals, the first.
-
-        It cannot grow into a corner: in every topology, a group that holds some instances lies
-        in a largest group that holds them.
-        """
-        smallest = max(least, len(homes) + 1)
-        best: _Seat | None = None
-        for home in beside:
-            group = self._cover(joined, homes | {home}, usable, least)
-            if group is not None and (best is None or len(group) < len(best.group)):
-                best = _Seat(joined=joined, group=group, home=home)
-                if len(group) <= smallest:
-                    break
-        return best
-
-    def _cover(
-        self,
-        joined: tuple[_Batch, ...],
-        homes: frozenset[InstanceId],
-        usable: Set[InstanceId],
-        least: int,
-    ) -> Group | None:
-        """A group for these batches together with a request that has these homes."""
-        needed = homes.union(*(batch.needed for batch in joined))
-        open_to = frozenset(usable).union(*(batch.group for batch in joined))
-        return self._board.cover(needed, open_to, least)
-
-    def _take(self, view: RequestView, seat: _Seat) -> None:
+    def _take(self, view: RequestView, seat: Seat[_Batch]) -> None:
         batch = _Batch(group=seat.group, needed=set(), rows=[])
         if len(seat.joined) == 1 and seat.joined[0].group == seat.group:
             batch = seat.joined[0]
@@ -220,10 +171,6 @@ class Decodes:
         self._board.seated.add(view.id)
         if view.tail is None:
             self._board.take(seat.home, 1)
-
-    def _most_free(self, instances: Iterable[InstanceId]) -> list[InstanceId]:
-        free = self._board.free
-        return sorted(instances, key=lambda instance: (-free[instance], instance))
 
 
 def _turn_key(view: RequestView) -> tuple[int, int, tuple[int, float, RequestId]]:

@@ -23,6 +23,7 @@ from itertools import count
 
 from loongjax.costmodel.protocol import CostModel
 from loongjax.plan import DecodeStep, Group, InstanceId, RequestId, RequestView
+from loongjax.scheduler.policies.seats import Seat, cover_together, most_free, seat_beside
 from loongjax.scheduler.policies.worktable import Worktable, line_key
 from loongjax.scheduler.scaling import choose_masters, masters_needed, scale_up
 
@@ -43,21 +44,6 @@ class _Batch:
     needed: set[InstanceId]
     rows: list[tuple[RequestView, InstanceId]]
     most: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Seat:
-    """A place for one more request.
-
-    Attributes:
-      joined: The batches that become one, with this request in it.
-      group: Where they then are.
-      home: Where the request's next token is kept.
-    """
-
-    joined: tuple[_Batch, ...]
-    group: Group
-    home: InstanceId
 
 
 class Seating:
@@ -189,7 +175,7 @@ class Seating:
                 return True
         return False
 
-    def _keep_free(self, seat: _Seat | None) -> None:
+    def _keep_free(self, seat: Seat[_Batch] | None) -> None:
         """Keeps what is idle of a group for who waits for the rest of it."""
         if seat is not None and not seat.joined:
             self._table.claim(seat.group)
@@ -220,7 +206,7 @@ class Seating:
 
     def _find(
         self, view: RequestView, usable: Set[InstanceId], roomy: Set[InstanceId] | None = None
-    ) -> _Seat | None:
+    ) -> Seat[_Batch] | None:
         """A seat on usable instances, its new block, if it needs one, on one that has any, or
         that is in `roomy`.
         """
@@ -236,60 +222,26 @@ class Seating:
         if len(joined) == 1 and len(joined[0].group) >= least and homes <= joined[0].members:
             group: Group | None = joined[0].group
         else:
-            group = self._cover(joined, homes, usable, least)
+            group = cover_together(self._table, joined, homes, usable, least)
         if group is None:
             return None
         if view.tail is not None:
-            return _Seat(joined=joined, group=group, home=view.tail.instance)
-        within = self._order(roomy & homes) or self._order(roomy & set(group))
+            return Seat(joined=joined, group=group, home=view.tail.instance)
+        free = self._table.free
+        within = most_free(roomy & homes, free) or most_free(roomy & set(group), free)
         if within:
-            return _Seat(joined=joined, group=group, home=within[0])
+            return Seat(joined=joined, group=group, home=within[0])
         if not self._may_grow(view, group):
             return None
-        beside = self._order(roomy & (usable | at.keys()) - set(group))
-        return self._grow(homes, joined, usable, beside, least)
+        beside = most_free(roomy & (usable | at.keys()) - set(group), free)
+        return seat_beside(self._table, joined, homes, usable, beside, least)
 
     def _may_grow(self, view: RequestView, group: Group) -> bool:
         table = self._table
         own = sum(table.capacity[instance] for instance in group)
         return self._grows or own < table.blocks(view.peak)
 
-    def _grow(
-        self,
-        homes: frozenset[InstanceId],
-        joined: tuple[_Batch, ...],
-        usable: Set[InstanceId],
-        beside: list[InstanceId],
-        least: int,
-    ) -> _Seat | None:
-        """The smallest group that also holds one of `beside`; among equals, the first.
-
-        It cannot grow into a corner: in every topology, a group that holds some instances lies
-        in a largest group that holds them.
-        """
-        smallest = max(least, len(homes) + 1)
-        best: _Seat | None = None
-        for home in beside:
-            group = self._cover(joined, homes | {home}, usable, least)
-            if group is not None and (best is None or len(group) < len(best.group)):
-                best = _Seat(joined=joined, group=group, home=home)
-                if len(group) <= smallest:
-                    break
-        return best
-
-    def _cover(
-        self,
-        joined: tuple[_Batch, ...],
-        homes: frozenset[InstanceId],
-        usable: Set[InstanceId],
-        least: int,
-    ) -> Group | None:
-        """A group for these batches together with a request that has these homes."""
-        needed = homes.union(*(batch.needed for batch in joined))
-        open_to = frozenset(usable).union(*(batch.group for batch in joined))
-        return self._table.cover(needed, open_to, least)
-
-    def _take(self, view: RequestView, seat: _Seat) -> None:
+    def _take(self, view: RequestView, seat: Seat[_Batch]) -> None:
         if len(seat.joined) == 1 and seat.joined[0].group == seat.group:
             batch = seat.joined[0]
         else:
@@ -299,7 +251,7 @@ class Seating:
         if view.tail is None:
             self._table.free[seat.home] -= 1
 
-    def _open(self, seat: _Seat) -> _Batch:
+    def _open(self, seat: Seat[_Batch]) -> _Batch:
         most = len(seat.group) * self._table.snapshot.max_rows
         members = frozenset(seat.group)
         batch = _Batch(group=seat.group, members=members, needed=set(), rows=[], most=most)
@@ -311,10 +263,6 @@ class Seating:
         self._at |= dict.fromkeys(seat.group, batch)
         self._table.claim(seat.group)
         return batch
-
-    def _order(self, instances: Set[InstanceId]) -> list[InstanceId]:
-        free = self._table.free
-        return sorted(instances, key=lambda instance: (-free[instance], instance))
 
 
 def _turn(view: RequestView) -> int:
