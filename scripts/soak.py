@@ -36,6 +36,7 @@ from loongjax.engine import (
     TokensEvent,
 )
 from loongjax.sampling.params import SamplingParams
+from loongjax.timeline import Timeline
 from scripts.random_policy import RandomPolicy
 
 MODEL = "random:tiny"
@@ -43,6 +44,8 @@ PROMPTS = 24
 OPEN = 10
 """Requests that are open at a time."""
 MAX_CHUNK_TOKENS = 64
+PICTURE_S = 0.5
+"""Of the end of a soak that is drawn; more would be too small to see."""
 HANG_S = 120.0
 """A request that says nothing for so long makes it a hang."""
 
@@ -105,8 +108,9 @@ def soak(
     engines: int = 1,
     program_dir: Path | None = None,
     hang_s: float = HANG_S,
+    picture: Path | None = None,
 ) -> Report:
-    """Runs it; `program_dir` as in `EngineConfig`."""
+    """Runs it; `program_dir` as in `EngineConfig`. `picture` gets the end of it, drawn."""
     config = EngineConfig(
         cluster=ClusterConfig(instances=instances),
         pool=PoolConfig(block_size=4, slots=512),
@@ -145,6 +149,9 @@ def soak(
     for engine in built:
         _wait_until_empty(engine, hang_s if not report.hung else 0.0)
         _look_back(engine, report)
+        if picture is not None and engine is built[0]:
+            everything = Timeline.of_engine(engine)
+            everything.between(everything.bounds[1] - PICTURE_S).plot(picture)
         if not report.hung:
             engine.close()
             try:
@@ -285,6 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--instances", type=int, default=4, help="elastic instances (default 4)")
     parser.add_argument("--engines", type=int, default=1, help="engines on the same devices")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the end of it")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
@@ -294,6 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             seed=options.seed,
             engines=options.engines,
             program_dir=Path(folder) / "programs",
+            picture=options.picture,
         )
     found = {"passed": report.passed, **asdict(report)}
     if options.json:

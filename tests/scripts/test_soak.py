@@ -6,7 +6,8 @@ from scripts.soak import soak
 
 
 def test_random_regrouping_neither_hangs_nor_leaks_nor_says_something_else(tmp_path):
-    report = soak(seconds=10, instances=2, program_dir=tmp_path)
+    picture = tmp_path / "end.png"
+    report = soak(seconds=10, instances=2, program_dir=tmp_path / "programs", picture=picture)
     assert report.passed, report
     assert report.requests["length"] > 5
     assert report.requests["abort"]
@@ -16,3 +17,4 @@ def test_random_regrouping_neither_hangs_nor_leaks_nor_says_something_else(tmp_p
     assert report.groups == 3
     assert min(report.scale_ups, report.scale_downs, report.moved_tokens) > 0
     assert report.side_by_side > 10
+    assert picture.read_bytes().startswith(b"\x89PNG")
