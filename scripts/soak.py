@@ -213,7 +213,9 @@ def _drive(
     while asked or time.monotonic() < end:
         while len(asked) < OPEN and time.monotonic() < end:
             question, tokens = chance.choice(questions), chance.randint(1, 40)
-            asked.append((question, tokens, _ask(engine, f"r{number}", question.prompt, tokens)))
+            asked.append(
+                (question, tokens, _ask(engine, f"r{seed}-{number}", question.prompt, tokens))
+            )
             number += 1
         if chance.random() < 0.1:
             chance.choice(asked)[2].abort()

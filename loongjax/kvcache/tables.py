@@ -216,8 +216,9 @@ class BlockTable:
             rows.update(changed)
         else:
             if len(rows) <= limit:
-                updated = np.fromiter(rows, np.intp, len(rows))
-                updated.sort()
+                # Not sorted by numpy, which would let go of the interpreter: whoever gets it then
+                # keeps it for milliseconds.
+                updated = np.array(sorted(rows), np.intp)
                 updates = np.empty((len(rows), 4), np.int32)
                 updates[:, 0] = updated
                 updates[:, 1:] = self.entries[updated]
