@@ -47,6 +47,4 @@ def key_tiles(
 
 def causal_pairs(tokens: int, tiles: Tiles) -> int:
     """Tiles of scores that one head computes at most: one causal prompt fills the stripe."""
-    return sum(
-        -(-(at + tiles.queries) // tiles.keys) for at in range(0, tokens, tiles.queries)
-    )
+    return sum(-(-(at + tiles.queries) // tiles.keys) for at in range(0, tokens, tiles.queries))

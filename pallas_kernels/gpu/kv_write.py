@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,16 @@ def kv_write(
     )(pool, rows_TxGxD, slot_T, jnp.asarray(layer, jnp.int32).reshape(1))
 
 
-def _kernel(pool_in, rows_ref, slot_ref, layer_ref, pool_ref, *, tile: int, tokens: int):
+def _kernel(
+    pool_in: Any,
+    rows_ref: Any,
+    slot_ref: Any,
+    layer_ref: Any,
+    pool_ref: Any,
+    *,
+    tile: int,
+    tokens: int,
+) -> None:
     del pool_in  # the same memory as `pool_ref`
     kv_head, trash = pl.program_id(1), pool_ref.shape[1] - 1
     token_T = pl.program_id(0) * tile + jnp.arange(tile, dtype=jnp.int32)

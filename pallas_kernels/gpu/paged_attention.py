@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,10 @@ from jaxtyping import Array, Float, Int32, Shaped
 
 from pallas_kernels.paged_attention import RowTables
 from pallas_kernels.partials import Partial, merge
-from pallas_kernels.segments import segments
 from pallas_kernels.softmax import LN_2, Scores, fold_scores, precision_of
+from pallas_kernels.visits import visits
 
+_Running = tuple[jax.Array, jax.Array, jax.Array]  # m, l, o
 _LEAST_TILE = 16  # of a product on tensor cores
 _PROGRAMS = 256  # that keep a chip busy: about two for each multiprocessor
 _MOST_SPLITS = 32
@@ -81,7 +82,7 @@ def paged_attention(
     count, heads, head_dim = q_RxHxD.shape
     kv_heads, itemsize = k_pool.shape[2], k_pool.dtype.itemsize
     tiling = tiling or tiling_for(count, kv_heads, head_dim, itemsize, rows_at_once=rows_at_once)
-    found = segments(rows)
+    found = visits(rows, tiling.rows)
     listed = rows.table_Nx3.shape[0] * block_size  # more keys than that no row can name
     whole = pl.BlockSpec()
     o, lse = pl.pallas_call(
@@ -93,7 +94,7 @@ def paged_attention(
             decode=decode,
         ),
         grid=(pl.cdiv(count, tiling.rows), kv_heads, tiling.splits),
-        in_specs=[whole] * 10,
+        in_specs=[whole] * 11,
         out_specs=[whole] * 2,
         out_shape=[
             jax.ShapeDtypeStruct((tiling.splits, count, heads, head_dim), jnp.float32),
@@ -122,24 +123,25 @@ def paged_attention(
 
 
 def _kernel(
-    layer_ref,
-    segment_ref,
-    start_ref,
-    entries_ref,
-    position_ref,
-    first_ref,
-    table_ref,
-    q_ref,
-    k_ref,
-    v_ref,
-    o_ref,
-    lse_ref,
+    layer_ref: Any,
+    begin_ref: Any,
+    start_ref: Any,
+    entries_ref: Any,
+    visit_ref: Any,
+    position_ref: Any,
+    first_ref: Any,
+    table_ref: Any,
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    o_ref: Any,
+    lse_ref: Any,
     *,
     scores: Scores,
     tiling: Tiling,
     block_size: int,
     decode: Callable[[Array], Array],
-):
+) -> None:
     count, heads, head_dim = q_ref.shape
     group = heads // k_ref.shape[2]
     kv_head, split = pl.program_id(1), pl.program_id(2)
@@ -151,9 +153,9 @@ def _kernel(
     real_Q = (packed_Q < tiling.rows * group) & (row_Q < count)
     row_Q = jnp.where(real_Q, row_Q, count)  # out of bounds, and masked wherever it is used
     head_Q = kv_head * group + packed_Q % group
-    position_Q, first_Q, segment_Q = (
-        plgpu.load(ref.at[row_Q], mask=real_Q, other=-1)
-        for ref in (position_ref, first_ref, segment_ref)
+    position_Q, first_Q, visit_Q = (
+        plgpu.load(ref.at[row_Q], mask=real_Q, other=-2)
+        for ref in (position_ref, first_ref, visit_ref)
     )
 
     def spread(x_Q: jax.Array) -> jax.Array:
@@ -169,13 +171,13 @@ def _kernel(
         preferred_element_type=jnp.float32,
     )
 
-    def fold_segment(z, carry):
-        start, tokens = start_ref[z], entries_ref[z] * block_size
-        mine_Q = segment_Q == z
+    def fold_visit(visit: jax.Array, carry: _Running) -> _Running:
+        start, tokens = start_ref[visit], entries_ref[visit] * block_size
+        mine_Q = visit_Q == visit
         nearest = jnp.where(mine_Q, first_Q, 2**30).min()
         furthest = jnp.where(mine_Q, position_Q, 0).max()
 
-        def fold(j, carry):
+        def fold(j: jax.Array, carry: _Running) -> _Running:
             m_Qx1, l_Qx1, o_QxD = carry
             token_K = j * tiling.keys + jnp.arange(tiling.keys, dtype=jnp.int32)
             listed_K = token_K < tokens
@@ -186,13 +188,13 @@ def _kernel(
                 for i in range(3)
             )
             key_K = from_K + offset_K
-            wanted_K = (
-                listed_K & (offset_K < count_K) & (key_K >= nearest) & (key_K < furthest)
-            )
+            wanted_K = listed_K & (offset_K < count_K) & (key_K >= nearest) & (key_K < furthest)
             # Indexed by dimension: Triton's offsets are 64 bits wide where a pool needs it.
             place_KxD = (
                 layer_ref[0],
-                jnp.broadcast_to(jnp.where(wanted_K, slot_K + offset_K, 0)[:, None], lane_KxD.shape),
+                jnp.broadcast_to(
+                    jnp.where(wanted_K, slot_K + offset_K, 0)[:, None], lane_KxD.shape
+                ),
                 kv_head,
                 lane_KxD,
             )
@@ -203,7 +205,9 @@ def _kernel(
             )
             s_QxK = scores.of(dot(q_QxD, k_KxD, (((1,), (1,)), ((), ()))))
             visible_QxK = mine_Q[:, None] & wanted_K[None, :]
-            visible_QxK &= (key_K[None, :] < position_Q[:, None]) & (key_K[None, :] >= first_Q[:, None])
+            visible_QxK &= (key_K[None, :] < position_Q[:, None]) & (
+                key_K[None, :] >= first_Q[:, None]
+            )
             weights = fold_scores(m_Qx1, jnp.where(visible_QxK, s_QxK, -jnp.inf), axis=1)
             pv_QxD = dot(weights.p.astype(v_KxD.dtype), v_KxD, (((1,), (0,)), ((), ())))
             return (
@@ -222,9 +226,8 @@ def _kernel(
         jnp.zeros((queries, 1), jnp.float32),
         jnp.zeros((queries, head_dim), jnp.float32),
     )
-    last = jnp.minimum(at + tiling.rows, count) - 1
-    segments_end = segment_ref[last] + 1
-    m_Qx1, l_Qx1, o_QxD = lax.fori_loop(segment_ref[at], segments_end, fold_segment, carry)
+    begin, end = begin_ref[pl.program_id(0)], begin_ref[pl.program_id(0) + 1]
+    m_Qx1, l_Qx1, o_QxD = lax.fori_loop(begin, end, fold_visit, carry)
     seen_Qx1 = l_Qx1 > 0
     divisor_Qx1 = jnp.where(seen_Qx1, l_Qx1, 1.0)
     lse_Qx1 = jnp.where(seen_Qx1, m_Qx1 * LN_2 + jnp.log(divisor_Qx1), -jnp.inf)

@@ -8,6 +8,7 @@ run-time value. Tiles that every query sees whole are folded without a mask.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from pallas_kernels.causal_tiles import Tiles, causal_pairs, key_tiles
 from pallas_kernels.partials import Carry
 from pallas_kernels.softmax import LN_2, LOG2_E, Scores, fold_scores, precision_of
 
+_Running = tuple[jax.Array, jax.Array, jax.Array]  # m, l, o
 _LEAST_TILE = 16  # of a product on tensor cores
 _MOST_BYTES = 1024  # of one token's key
 _TILES = ((256, Tiles(128, 64)), (512, Tiles(64, 32)), (_MOST_BYTES, Tiles(32, 32)))
@@ -70,9 +72,7 @@ def fold_stripe(
     pairs = heads * causal_pairs(tokens, tiles)
     whole = pl.BlockSpec()
     m, l, o = pl.pallas_call(  # noqa: E741
-        partial(
-            _kernel, scores=Scores(scale, soft_cap), tiles=tiles, group=heads // kv_heads
-        ),
+        partial(_kernel, scores=Scores(scale, soft_cap), tiles=tiles, group=heads // kv_heads),
         grid=(tokens // tiles.queries, heads),
         in_specs=[whole] * 8,
         out_specs=[whole] * 3,
@@ -99,22 +99,22 @@ def fold_stripe(
 
 
 def _kernel(
-    scalar_ref,
-    first_ref,
-    q_ref,
-    k_ref,
-    v_ref,
-    m_ref,
-    l_ref,
-    o_ref,
-    m_out,
-    l_out,
-    o_out,
+    scalar_ref: Any,
+    first_ref: Any,
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    m_ref: Any,
+    l_ref: Any,
+    o_ref: Any,
+    m_out: Any,
+    l_out: Any,
+    o_out: Any,
     *,
     scores: Scores,
     tiles: Tiles,
     group: int,
-):
+) -> None:
     head = pl.program_id(1)
     at = pl.program_id(0) * tiles.queries
     rows = pl.ds(at, tiles.queries)
@@ -129,7 +129,7 @@ def _kernel(
         preferred_element_type=jnp.float32,
     )
 
-    def fold(j, carry, *, masked: bool):
+    def fold(j: jax.Array, carry: _Running, *, masked: bool) -> _Running:
         m_Qx1, l_Qx1, o_QxD = carry
         at_key = j * tiles.keys
         keys = (head // group, pl.ds(at_key, tiles.keys))
@@ -157,7 +157,7 @@ def _kernel(
 
     # Untouched where nothing was seen: converting there and back would round.
     @pl.when(bounds.first < bounds.end)
-    def _():
+    def store() -> None:
         m_out[head, rows] = (m_Qx1 * LN_2).reshape(tiles.queries)
         l_out[head, rows] = l_Qx1.reshape(tiles.queries)
         o_out[head, rows, :] = o_QxD
