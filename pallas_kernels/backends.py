@@ -1,26 +1,18 @@
-"""Which implementation of the kernels runs: the one place that names and picks them.
-
-xla              loops of plain jax operations; any platform, tuned for CPU
-pallas-tpu       Pallas kernels through Mosaic, for TPU
-pallas-triton    Pallas kernels through Triton, for NVIDIA GPUs (Ampere, Hopper)
-interpret        those of pallas-triton, interpreted: for tests on CPU, very slow
-interpret-tpu    those of pallas-tpu, interpreted
-"""
+"""Which implementation of the kernels runs: the one place that picks them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any
 
 from pallas_kernels import kv_write as xla_write
 from pallas_kernels import paged_attention as xla_paged
 from pallas_kernels import striped_attention as xla_striped
+from pallas_kernels.backend_names import Backend
 from pallas_kernels.partials import Partial
 
-Backend: TypeAlias = Literal["xla", "pallas-tpu", "pallas-triton", "interpret", "interpret-tpu"]
-BACKENDS: tuple[str, ...] = get_args(Backend)
 _OF_PLATFORM: dict[str, Backend] = {"tpu": "pallas-tpu", "gpu": "pallas-triton"}
 _NEEDS_PLATFORM = {backend: platform for platform, backend in _OF_PLATFORM.items()}
 _TRITON = ("pallas-triton", "interpret")
@@ -83,11 +75,25 @@ def kernels_of(backend: Backend) -> Kernels:
             kv_write=xla_write.kv_write,
             shares_keys=False,
         )
-    if backend in _TRITON:
-        from pallas_kernels.gpu import kv_write, paged_attention, striped_attention
-    else:
-        from pallas_kernels.tpu import kv_write, paged_attention, striped_attention
-    interpret = backend.startswith("interpret")
+    make = _triton if backend in _TRITON else _mosaic
+    return make(backend, interpret=backend.startswith("interpret"))
+
+
+def _triton(backend: Backend, *, interpret: bool) -> Kernels:
+    from pallas_kernels.gpu import kv_write, paged_attention, striped_attention
+
+    return Kernels(
+        backend=backend,
+        fold_stripe=partial(striped_attention.fold_stripe, interpret=interpret),
+        paged_attention=partial(paged_attention.paged_attention, interpret=interpret),
+        kv_write=partial(kv_write.kv_write, interpret=interpret),
+        shares_keys=True,
+    )
+
+
+def _mosaic(backend: Backend, *, interpret: bool) -> Kernels:
+    from pallas_kernels.tpu import kv_write, paged_attention, striped_attention
+
     return Kernels(
         backend=backend,
         fold_stripe=partial(striped_attention.fold_stripe, interpret=interpret),

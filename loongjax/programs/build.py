@@ -21,6 +21,8 @@ from loongjax.models.decoder import Decoder
 from loongjax.models.products import Products
 from loongjax.models.weights import LeafSpec, Tree, weight_leaves
 from loongjax.programs.spec import ProgramSpec
+from pallas_kernels.backend_names import Backend
+from pallas_kernels.backends import kernels_of
 
 META_SPEC = PartitionSpec(SP, None)
 TOKEN_SPEC = PartitionSpec(SP)
@@ -40,6 +42,7 @@ class ProgramShapes:
       slots: KV slots of each instance, without the trash slot.
       block_size: Tokens per block.
       table_entries: Rows of each instance's block table.
+      attention_backend: Which kernels programs are made of.
     """
 
     config: ModelConfig
@@ -51,6 +54,7 @@ class ProgramShapes:
     slots: int
     block_size: int
     table_entries: int
+    attention_backend: Backend = "xla"
 
     def pool_shapes(self, degree: int) -> KVPool:
         """Shapes of a group's pool, all its devices together."""
@@ -120,10 +124,12 @@ def pool_argument(spec: ProgramSpec) -> int:
 def _body(spec: ProgramSpec, shapes: ProgramShapes) -> Callable[..., tuple[KVPool, jax.Array]]:
     """What one rank runs, on its own shards."""
     layout, degree = spec.layout, spec.degree
+    kernels = kernels_of(shapes.attention_backend)
     common: dict[str, Any] = {
         "decoder": Decoder(shapes.config, shapes.tp, shapes.products),
         "degree": degree,
         "block_size": shapes.block_size,
+        "kernels": kernels,
     }
 
     def on_rank(weights: Tree, pool: KVPool, meta_1xM: jax.Array, *previous: jax.Array) -> Any:
@@ -133,6 +139,6 @@ def _body(spec: ProgramSpec, shapes: ProgramShapes) -> Callable[..., tuple[KVPoo
         return prefill(weights, pool, meta, **common, with_history=spec.kind == "extend")
 
     def move(pool: KVPool, meta_1xM: jax.Array) -> Any:
-        return migrate(pool, layout.views(meta_1xM[0]), degree=degree)
+        return migrate(pool, layout.views(meta_1xM[0]), degree=degree, kernels=kernels)
 
     return move if spec.kind == "migrate" else on_rank
