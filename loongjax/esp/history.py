@@ -51,15 +51,23 @@ class Trips(NamedTuple):
 
 
 def history_trips(
-    *, tokens: int, bucket: int, items: int, item_tokens: int, query_bytes: int, key_bytes: int
+    *,
+    tokens: int,
+    bucket: int,
+    items: int,
+    item_tokens: int,
+    query_bytes: int,
+    key_bytes: int,
+    passes_keys: bool = True,
 ) -> Trips:
     """Which way a step takes, by the bytes that each rank receives from each other.
 
     `tokens` are the new tokens of each rank, in a program of `bucket`; `items` the work items
     of the rank with most history, of `item_tokens` keys each. A query moves `query_bytes`
-    (q there, o and lse back), a key `key_bytes`.
+    (q there, o and lse back), a key `key_bytes`. `passes_keys`: whether the program has both ways.
     """
-    if tokens * query_bytes < items * item_tokens * key_bytes:
+    cheaper = tokens * query_bytes < items * item_tokens * key_bytes
+    if cheaper or (items and not passes_keys):
         return Trips(query=-(-tokens // tile_size(bucket)), key=0)
     return Trips(query=0, key=items)
 
@@ -88,6 +96,9 @@ class HistoryAttention:
     ) -> Carry:
         """The carry with all history folded in."""
         carry_HxT = self._pass_queries(carry_HxT, q_HxTxD, pool, layer, window)
+        if self.kernels.shares_keys:
+            # The other way's gathers want the pool in another layout: XLA would copy all of it.
+            return carry_HxT
         return self._pass_keys(carry_HxT, q_HxTxD, pool, layer, window)
 
     def _pass_queries(

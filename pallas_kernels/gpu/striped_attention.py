@@ -23,8 +23,12 @@ from pallas_kernels.softmax import LN_2, LOG2_E, Scores, fold_scores, precision_
 
 _Running = tuple[jax.Array, jax.Array, jax.Array]  # m, l, o
 _LEAST_TILE = 16  # of a product on tensor cores
-_MOST_BYTES = 1024  # of one token's key
-_TILES = ((256, Tiles(128, 64)), (512, Tiles(64, 32)), (_MOST_BYTES, Tiles(32, 32)))
+# By bytes of one token's key. Exact float32 products are no work of tensor cores: their operands
+# lie in registers, and larger tiles do not fit.
+_TILES = {
+    2: ((256, Tiles(128, 64)), (512, Tiles(64, 32))),
+    4: ((256, Tiles(64, 32)), (1024, Tiles(32, 32))),
+}
 
 
 def tiles_for(tokens: int, head_dim: int, itemsize: int) -> Tiles:
@@ -33,12 +37,14 @@ def tiles_for(tokens: int, head_dim: int, itemsize: int) -> Tiles:
     Raises ValueError where no tile of 16 tokens or more divides the stripe, or the head size
     is no power of two (which Triton wants of every shape).
     """
-    if head_dim < _LEAST_TILE or head_dim & (head_dim - 1) or head_dim * itemsize > _MOST_BYTES:
+    sizes = _TILES[itemsize]
+    most = sizes[-1][0] // itemsize
+    if head_dim < _LEAST_TILE or head_dim & (head_dim - 1) or head_dim > most:
         raise ValueError(
             f"head_dim {head_dim} must be a power of two, at least {_LEAST_TILE} and at most "
-            f"{_MOST_BYTES // itemsize} with {itemsize} bytes per number"
+            f"{most} with {itemsize} bytes per number"
         )
-    wanted = next(tiles for most, tiles in _TILES if head_dim * itemsize <= most)
+    wanted = next(tiles for most, tiles in sizes if head_dim * itemsize <= most)
     found = Tiles(*(min(size, tokens & -tokens) for size in wanted))
     if min(found) < _LEAST_TILE:
         raise ValueError(

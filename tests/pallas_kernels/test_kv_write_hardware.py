@@ -76,3 +76,10 @@ def test_gpu_offsets_are_as_wide_as_the_pool_needs(slots, bits, capsys, monkeypa
     assert f"xi{bits}>" in address
     of_dimensions = [line for line in lines if "arith.muli" in line][-len(pool.shape) :]
     assert all(re.search(rf"[x ]i{bits}\b", line) for line in of_dimensions), of_dimensions
+
+
+def test_the_race_detector_can_fail():
+    """Two rows for one slot, which no allocator gives."""
+    write = jax.jit(partial(tpu.kv_write, interpret=RACES))
+    with pytest.raises(AssertionError), no_races():
+        check(write, [5, 5], 0, "float32")
