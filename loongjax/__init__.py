@@ -37,6 +37,7 @@ __all__ = [
     "BackendStartedError",
     "BenchError",
     "CapacityError",
+    "CompletionOutput",
     "ConfigError",
     "EngineClosedError",
     "IntegrityError",
@@ -55,6 +56,7 @@ __all__ = [
 
 _HOMES = {
     "LLM": "loongjax.api",
+    "CompletionOutput": "loongjax.api",
     "RequestOutput": "loongjax.api",
     "StepRun": "loongjax.api",
     "StreamChunk": "loongjax.api",

@@ -79,6 +79,8 @@ class RequestView:
         without a new block. None when the next token needs a new block anywhere.
       holes: Slots in its blocks that its next tokens cannot take, ascending by instance. None
         with blocks of one token, nor as long as nothing but the tail is left partly filled.
+      shared: Slots of its blocks that other answers to its prompt hold too, ascending by instance:
+        dropping its KV alone does not free them. A move from there is a copy.
       deadline: When it should end [s, engine clock], or None.
       priority: Higher is served earlier.
       last_seq: The newest step that computed for it, or None before the first; a
@@ -94,6 +96,7 @@ class RequestView:
     kv: tuple[Share, ...] = ()
     tail: Share | None = None
     holes: tuple[Share, ...] = ()
+    shared: tuple[Share, ...] = ()
     deadline: float | None = None
     priority: int = 0
     last_seq: int | None = None

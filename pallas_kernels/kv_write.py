@@ -1,6 +1,6 @@
 """Chosen tokens into pool slots, in place.
 
-The pool is `[L, S + 1, G, D]`: its last slot belongs to nobody. Tokens that are not kept go
+The pool is `[L, P, G, D]`: its last slot belongs to nobody. Tokens that are not kept go
 there, so that every write is in bounds and has a fixed shape.
 """
 
@@ -11,12 +11,12 @@ from jaxtyping import Array, Int32, Shaped
 
 
 def kv_write(
-    pool: Shaped[Array, "L S1 G D"],
+    pool: Shaped[Array, "L P G D"],
     rows_TxGxD: Shaped[Array, "T G D"],
     slot_T: Int32[Array, " T"],
     *,
     layer: int | Int32[Array, ""],
-) -> Shaped[Array, "L S1 G D"]:
+) -> Shaped[Array, "L P G D"]:
     """Writes row t to slot `slot_T[t]` of a layer; the last slot swallows what is not kept.
 
     In place when the pool is donated and not read between this write and the one before

@@ -1,9 +1,10 @@
 """Queries over KV that lies in a pool's blocks, for one layer and one rank.
 
 A rank's table is int32 [N, 3] of `(slot, position, count)`: `count` consecutive tokens of
-a request, the first at `position`, in consecutive slots from `slot`, never more than
-`block_size`. Each query row owns the table entries `start .. start + entries`. Their order
-does not matter, and a row with no entries gives `o = 0`, `lse = -inf`.
+a request, the first at `position`, in consecutive slots from `slot`, where a block begins, and
+never more than `block_size`. A pool is whole blocks. Each query row owns the table entries
+`start .. start + entries`. Their order does not matter, and a row with no entries gives
+`o = 0`, `lse = -inf`.
 
 This is the XLA path: loops over work items (row, a chunk of its entries), with run-time trip
 counts. Rows of any length share one program, and a short row next to a long one costs what it
@@ -78,7 +79,7 @@ def load_keys(
     `decode` turns stored rows of the pool into numbers (pools may hold bf16 as uint16).
     Slots that no entry names may be read, but are not passed on, even if they hold NaN.
     """
-    layers, slots, kv_heads, head_dim = k_pool.shape
+    _, slots, kv_heads, head_dim = k_pool.shape
     step, items = chunk_entries(block_size), start_W.shape[0]
     wide = (items, step * block_size)
     entry = jnp.arange(step, dtype=jnp.int32)
@@ -87,11 +88,14 @@ def load_keys(
     found_WxEx3 = table_Nx3.at[at_WxE].get(mode="promise_in_bounds")
     offset = jnp.arange(block_size, dtype=jnp.int32)
     valid_WxK = (listed_WxE[..., None] & (offset < found_WxEx3[..., 2:3])).reshape(wide)
-    slot_WxK = jnp.where(valid_WxK, (found_WxEx3[..., 0:1] + offset).reshape(wide), 0)
+    block_WxE = jnp.where(listed_WxE, found_WxEx3[..., 0] // block_size, 0)
+    block_WxE += layer * (slots // block_size)
 
     def load(pool: Array) -> Array:
-        flat = pool.reshape(layers * slots, kv_heads * head_dim)
-        return decode(flat.at[layer * slots + slot_WxK].get(mode="promise_in_bounds"))
+        # Whole blocks: on CPU, a gather of long rows is several times faster than of short ones.
+        blocks = pool.reshape(-1, block_size * kv_heads * head_dim)
+        found = blocks.at[block_WxE].get(mode="promise_in_bounds")
+        return decode(found).reshape(*wide, kv_heads * head_dim)
 
     return Keys(
         k_WxKxX=load(k_pool),

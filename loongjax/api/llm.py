@@ -15,7 +15,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import cast
 
-from loongjax.api.outputs import RequestOutput, StreamChunk, decode_rate, step_runs, ttft_s
+from loongjax.api.outputs import (
+    CompletionOutput,
+    RequestOutput,
+    StreamChunk,
+    decode_rate,
+    step_runs,
+    ttft_s,
+)
 from loongjax.api.prompts import (
     Prompt,
     encode_prompt,
@@ -31,6 +38,7 @@ from loongjax.engine import (
     RequestHandle,
     StepRecord,
     TokensEvent,
+    sample_id,
 )
 from loongjax.errors import EngineClosedError, LoongJaxError, RequestError
 from loongjax.plan import RequestId
@@ -142,7 +150,8 @@ class LLM:
           params: For all prompts, or a list with one for each. None: `SamplingParams()`.
 
         Returns:
-          One output for each prompt, in their order; one for a prompt given alone.
+          One output for each prompt, in their order; one for a prompt given alone. Each has
+          `n` answers (`RequestOutput.outputs`).
 
         Raises:
           RequestError: A prompt given alone cannot be served, or `params` are too few or many.
@@ -162,8 +171,8 @@ class LLM:
             ]
             return [self._collect(job) for job in jobs]
         finally:
-            for name in names:
-                self.engine.abort(name)
+            for name, own in zip(names, each, strict=True):
+                self._abort(name, own)
 
     def chat(
         self, messages: Sequence[Mapping[str, str]], params: SamplingParams | None = None
@@ -189,13 +198,22 @@ class LLM:
         aborts it.
 
         Raises:
-          RequestError, EngineClosedError, LoongJaxError: As `generate` for a prompt alone.
+          RequestError: As `generate` for a prompt alone; or `n` asks for several answers.
+          EngineClosedError, LoongJaxError: As `generate` for a prompt alone.
         """
+        if params is not None and params.n > 1:
+            raise RequestError(
+                f"a stream is one answer, but n = {params.n}; open n streams with seeds of their "
+                "own, or call generate"
+            )
         token_ids = encode_prompt(prompt, self.tokenizer)
         text = None if self.tokenizer is None else IncrementalDetokenizer(self.tokenizer)
         name = _new_id()
         try:
-            for event in self._submit(name, token_ids, params or SamplingParams()):
+            request = GenerationRequest(
+                id=name, token_ids=token_ids, params=params or SamplingParams()
+            )
+            for event in self.engine.submit(request):
                 if isinstance(event, TokensEvent):
                     piece = None if text is None else text.push(event.text_ids)
                     yield StreamChunk(text=piece, token_ids=event.token_ids)
@@ -235,53 +253,66 @@ class LLM:
 
     def _submit(
         self, name: RequestId, token_ids: tuple[int, ...], params: SamplingParams
-    ) -> RequestHandle:
-        return self.engine.submit(GenerationRequest(id=name, token_ids=token_ids, params=params))
+    ) -> tuple[RequestHandle, ...]:
+        request = GenerationRequest(id=name, token_ids=token_ids, params=params)
+        if params.n > 1:
+            return self.engine.submit_samples(request)
+        return (self.engine.submit(request),)
+
+    def _abort(self, name: RequestId, params: SamplingParams) -> None:
+        for i in range(params.n):
+            self.engine.abort(sample_id(name, i))
 
     def _start(self, name: RequestId, prompt: Prompt, params: SamplingParams) -> _Job:
         token_ids: tuple[int, ...] = ()
         try:
             token_ids = encode_prompt(prompt, self.tokenizer)
-            handle = self._submit(name, token_ids, params)
+            return _Job(token_ids=token_ids, handles=self._submit(name, token_ids, params))
         except RequestError as error:
             return _Job(token_ids=token_ids, error=str(error))
-        return _Job(token_ids=token_ids, handle=handle)
 
     def _answer(self, token_ids: tuple[int, ...], params: SamplingParams) -> RequestOutput:
         name = _new_id()
         try:
-            handle = self._submit(name, token_ids, params)
-            output = self._collect(_Job(token_ids=token_ids, handle=handle))
+            handles = self._submit(name, token_ids, params)
+            output = self._collect(_Job(token_ids=token_ids, handles=handles))
         finally:
-            self.engine.abort(name)
-        self._raise_error(output.error)
+            self._abort(name, params)
+        for completion in output.outputs:
+            self._raise_error(completion.error)
         return output
 
     def _collect(self, job: _Job) -> RequestOutput:
-        if job.handle is None:
-            return RequestOutput(
-                prompt_token_ids=job.token_ids,
+        if job.handles:
+            outputs = tuple(self._complete(i, handle) for i, handle in enumerate(job.handles))
+        else:
+            refused = CompletionOutput(
                 token_ids=(),
                 text=None if self.tokenizer is None else "",
                 finish_reason="error",
                 error=job.error,
             )
+            outputs = (refused,)
+        return RequestOutput(prompt_token_ids=job.token_ids, outputs=outputs)
+
+    def _complete(self, index: int, handle: RequestHandle) -> CompletionOutput:
         token_ids: list[int] = []
         text_ids: list[int] = []
-        for event in job.handle:
+        for event in handle:
             if isinstance(event, TokensEvent):
                 token_ids += event.token_ids
                 text_ids += event.text_ids
             else:
                 end = event
-        return RequestOutput(
-            prompt_token_ids=job.token_ids,
+        shared = () if handle.stem is None else self.engine.steps_of(handle.stem)
+        return CompletionOutput(
+            index=index,
             token_ids=tuple(token_ids),
             text=None if self.tokenizer is None else self.tokenizer.decode(text_ids),
             finish_reason=end.reason,
             stop_token=end.stop_token,
             error=end.error,
-            steps=step_runs(self.engine.steps_of(job.handle.id)),
+            steps=step_runs((*shared, *self.engine.steps_of(handle.id))),
             ttft_s=ttft_s(end.timings),
             decode_tokens_per_s=decode_rate(end.timings, len(token_ids)),
         )
@@ -293,10 +324,10 @@ class LLM:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Job:
-    """A prompt of a batch: submitted (`handle`), or refused at once (`error`)."""
+    """A prompt: submitted, with a handle for each answer, or refused at once (`error`)."""
 
     token_ids: tuple[int, ...]
-    handle: RequestHandle | None = None
+    handles: tuple[RequestHandle, ...] = ()
     error: str | None = None
 
 

@@ -25,11 +25,11 @@ class StepRun:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RequestOutput:
-    """The answer to one prompt.
+class CompletionOutput:
+    """One answer to a prompt.
 
     Attributes:
-      prompt_token_ids: The prompt as the model saw it.
+      index: Which of the prompt's answers it is, from 0.
       token_ids: The answer, with the token that stopped it if there is one.
       text: The answer without that token and without the model's special tokens; None if
         the model has no tokenizer.
@@ -41,7 +41,7 @@ class RequestOutput:
       decode_tokens_per_s: Tokens per second after the first, or None without any.
     """
 
-    prompt_token_ids: tuple[int, ...] = field(repr=False)
+    index: int = 0
     token_ids: tuple[int, ...]
     text: str | None
     finish_reason: FinishReason
@@ -50,6 +50,59 @@ class RequestOutput:
     steps: tuple[StepRun, ...] = ()
     ttft_s: float | None = None
     decode_tokens_per_s: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RequestOutput:
+    """The answers to one prompt: `SamplingParams.n` of them, nearly always one.
+
+    Attributes:
+      prompt_token_ids: The prompt as the model saw it.
+      outputs: All answers, by index. The first one's attributes are those of this object too.
+    """
+
+    prompt_token_ids: tuple[int, ...] = field(repr=False)
+    outputs: tuple[CompletionOutput, ...]
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """See `CompletionOutput`, as for all below."""
+        return self.outputs[0].token_ids
+
+    @property
+    def text(self) -> str | None:
+        """The first answer's."""
+        return self.outputs[0].text
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """The first answer's."""
+        return self.outputs[0].finish_reason
+
+    @property
+    def stop_token(self) -> int | None:
+        """The first answer's."""
+        return self.outputs[0].stop_token
+
+    @property
+    def error(self) -> str | None:
+        """The first answer's."""
+        return self.outputs[0].error
+
+    @property
+    def steps(self) -> tuple[StepRun, ...]:
+        """The first answer's."""
+        return self.outputs[0].steps
+
+    @property
+    def ttft_s(self) -> float | None:
+        """The first answer's."""
+        return self.outputs[0].ttft_s
+
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        """The first answer's."""
+        return self.outputs[0].decode_tokens_per_s
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

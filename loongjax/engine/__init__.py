@@ -2,7 +2,8 @@
 
 from loongjax.engine.admission import Admission
 from loongjax.engine.engine import Engine
-from loongjax.engine.handle import OnEvent, RequestHandle
+from loongjax.engine.front import sample_id
+from loongjax.engine.handle import OnEvent, OnSampleEvent, RequestHandle
 from loongjax.engine.messages import (
     EngineStats,
     Event,
@@ -29,6 +30,7 @@ __all__ = [
     "GenerationRequest",
     "InstanceStats",
     "OnEvent",
+    "OnSampleEvent",
     "PoolSample",
     "RequestHandle",
     "RequestRecord",
@@ -37,4 +39,5 @@ __all__ = [
     "StepRecord",
     "Timings",
     "TokensEvent",
+    "sample_id",
 ]

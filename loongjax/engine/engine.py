@@ -17,7 +17,7 @@ from types import TracebackType
 
 from loongjax.engine.admission import Admission
 from loongjax.engine.front import Front
-from loongjax.engine.handle import OnEvent, RequestHandle
+from loongjax.engine.handle import OnEvent, OnSampleEvent, RequestHandle
 from loongjax.engine.history import History
 from loongjax.engine.loop import Loop
 from loongjax.engine.messages import (
@@ -118,11 +118,25 @@ class Engine:
 
         Raises:
           RequestError: The prompt is empty, has an id outside the vocabulary or is too long,
-            or the request's id is in use.
+            the request's id is in use, or it asks for several answers.
           CapacityError: It can never fit the pool.
           EngineClosedError: The engine was closed, or died; the message says of what.
         """
         return self._front.submit(request, on_event)
+
+    def submit_samples(
+        self, request: GenerationRequest, *, on_event: OnSampleEvent | None = None
+    ) -> tuple[RequestHandle, ...]:
+        """Queues a request for `params.n` answers and returns at once, with a handle for each.
+
+        The prompt is computed once, and its KV shared, as far as whole blocks go. Answer 0 has
+        the request's id, answer i `ID#i`; each is aborted by itself. Answer i is what it would
+        be for any other n.
+
+        Raises:
+          RequestError, CapacityError, EngineClosedError: As `submit`.
+        """
+        return self._front.submit_samples(request, on_event)
 
     def abort(self, request_id: RequestId) -> None:
         """Ends a request with reason `abort`; nothing happens if it has ended.

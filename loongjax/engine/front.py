@@ -8,15 +8,26 @@ policy or a device; the executor's `wake` and clock are all it touches.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol, TypeAlias, runtime_checkable
 
 from loongjax.engine.admission import Admission
-from loongjax.engine.handle import OnEvent, RequestHandle
+from loongjax.engine.handle import OnEvent, OnSampleEvent, RequestHandle
 from loongjax.engine.messages import GenerationRequest
 from loongjax.errors import EngineClosedError, RequestError
 from loongjax.plan import RequestId
+
+
+def sample_id(request: RequestId, sample: int) -> RequestId:
+    """The name of one of the answers to a request."""
+    return f"{request}#{sample}" if sample else request
+
+
+def stem_id(request: RequestId) -> RequestId:
+    """The name of what the answers to a request share."""
+    return f"{request}#stem"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +47,15 @@ class Abort:
     handle: RequestHandle
 
 
-Input: TypeAlias = Submission | Abort
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Samples:
+    """Several answers to one prompt; `stem` is a free name for what they share."""
+
+    stem: RequestId
+    submissions: tuple[Submission, ...]
+
+
+Input: TypeAlias = Submission | Samples | Abort
 
 
 @runtime_checkable
@@ -93,16 +112,15 @@ class Front:
 
     def submit(self, request: GenerationRequest, on_event: OnEvent | None) -> RequestHandle:
         """Queues a request; see `Engine.submit`."""
+        if request.params.n > 1:
+            raise RequestError(
+                f"request {request.id!r} asks for n = {request.params.n} answers, but submit gives "
+                "one handle; call submit_samples"
+            )
         max_tokens = self._admission.check(request)
         handle = RequestHandle(request.id, self._abort, on_event)
         with self._lock:
-            self._check_open()
-            if request.id in self._live:
-                raise RequestError(
-                    f"request id {request.id!r} is in use; an id is free again when its request "
-                    "has ended and no step works on it any more. Choose another"
-                )
-            self._live[request.id] = handle
+            self._reserve({request.id: handle})
             self._inbox.append(  # stamped under the lock: inbox order is arrival order
                 Submission(
                     request=request, handle=handle, max_tokens=max_tokens, arrival=self._now()
@@ -110,6 +128,35 @@ class Front:
             )
             self._wake()
         return handle
+
+    def submit_samples(
+        self, request: GenerationRequest, on_event: OnSampleEvent | None
+    ) -> tuple[RequestHandle, ...]:
+        """Queues a request for `n` answers; see `Engine.submit_samples`."""
+        max_tokens = self._admission.check(request)
+        params = replace(request.params, n=1)
+        names = [sample_id(request.id, i) for i in range(request.params.n)]
+        stem = stem_id(request.id)
+        handles = [
+            RequestHandle(name, self._abort, on_event and partial(on_event, i), stem=stem)
+            for i, name in enumerate(names)
+        ]
+        with self._lock:
+            mute = RequestHandle(stem, lambda handle: None)
+            self._reserve({**dict(zip(names, handles, strict=True)), stem: mute})
+            now = self._now()
+            submissions = [
+                Submission(
+                    request=replace(request, id=name, params=params, sample=i),
+                    handle=handle,
+                    max_tokens=max_tokens,
+                    arrival=now,
+                )
+                for i, (name, handle) in enumerate(zip(names, handles, strict=True))
+            ]
+            self._inbox.append(Samples(stem=stem, submissions=tuple(submissions)))
+            self._wake()
+        return tuple(handles)
 
     def abort(self, request: RequestId) -> None:
         """Queues an abort; nothing happens if the request or the engine has ended."""
@@ -148,6 +195,17 @@ class Front:
             if self._shut is None:
                 self._inbox.append(Abort(handle=handle))
                 self._wake()
+
+    def _reserve(self, handles: Mapping[RequestId, RequestHandle]) -> None:
+        """Takes all names, or none."""
+        self._check_open()
+        for name in handles:
+            if name in self._live:
+                raise RequestError(
+                    f"request id {name!r} is in use; an id is free again when its request "
+                    "has ended and no step works on it any more. Choose another"
+                )
+        self._live.update(handles)
 
     def _check_open(self) -> None:
         if self._shut is not None:

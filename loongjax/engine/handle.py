@@ -27,17 +27,29 @@ OnEvent: TypeAlias = Callable[[Event], object]
 asyncio: `lambda event: loop.call_soon_threadsafe(queue.put_nowait, event)`). If it raises,
 the request is aborted and it is not called again."""
 
+OnSampleEvent: TypeAlias = Callable[[int, Event], object]
+"""`OnEvent` for several answers: it is told first whose event it is, counted from 0."""
+
 
 class RequestHandle:
-    """Events of one request. Every method may be called from any thread."""
+    """Events of one request. Every method may be called from any thread.
+
+    Attributes:
+      id: The request's name.
+      stem: The name under which the steps stand that computed its prompt for it and others
+        (`Engine.submit_samples`); None if it shares nothing.
+    """
 
     def __init__(
         self,
         request_id: RequestId,
         abort: Callable[[RequestHandle], None],
         on_event: OnEvent | None = None,
+        *,
+        stem: RequestId | None = None,
     ) -> None:
         self.id = request_id
+        self.stem = stem
         self._abort = abort
         self._on_event = on_event
         self._muted = False

@@ -18,7 +18,8 @@ from __future__ import annotations
 import logging
 import os
 
-from loongjax.engine.front import Door, Submission
+from loongjax.engine.forks import Forks, make_stem
+from loongjax.engine.front import Abort, Door, Samples, Submission
 from loongjax.engine.handle import RequestHandle
 from loongjax.engine.history import History
 from loongjax.engine.messages import (
@@ -71,6 +72,7 @@ class Loop:
         self._eos_ids = eos_ids
         self._outbox: list[tuple[RequestHandle, Event]] = []
         self._lost: dict[RequestId, tuple[Request, Step, str]] = {}
+        self._forks = Forks()
         self._ahead: frozenset[Group] = frozenset()
         self._published_at = executor.now()
         self.alive = True
@@ -114,19 +116,47 @@ class Loop:
 
     def _take_inbox(self) -> bool:
         taken = self._front.take()
+        new: list[Request] = []
         for item in taken:  # all are booked before anything can raise: none may lack an end
             if isinstance(item, Submission):
-                params = item.request.params
-                eos_ids = frozenset() if params.ignore_eos else self._eos_ids
-                self._state.add(
-                    Request(submission=item, stop_ids=eos_ids.union(params.stop_token_ids))
-                )
+                new.append(self._request(item))
+                self._state.add(new[-1])
+            elif isinstance(item, Samples):
+                new += self._add_samples(item)
+        for request in new:
+            self._admit(request.submission.request)
         for item in taken:
-            if isinstance(item, Submission):
-                self._admit(item.request)
-            else:
+            if isinstance(item, Abort):
                 self._abort(item.handle)
         return bool(taken)
+
+    def _request(self, submission: Submission) -> Request:
+        params = submission.request.params
+        eos_ids = frozenset() if params.ignore_eos else self._eos_ids
+        return Request(submission=submission, stop_ids=eos_ids.union(params.stop_token_ids))
+
+    def _add_samples(self, item: Samples) -> list[Request]:
+        """Takes in their stem, for which they wait, or else themselves; gives what it took."""
+        samples = [self._request(submission) for submission in item.submissions]
+        stem = make_stem(item.submissions[0], item.stem, self._state.block_size)
+        if stem is None:
+            self._front.retire(item.stem)
+        else:
+            self._forks.add(stem, samples)
+        added = samples if stem is None else [stem]
+        for request in added:
+            self._state.add(request)
+        return added
+
+    def _branch(self, stem: Request) -> None:
+        """A stem is computed: its samples begin where it ends, each with its KV if possible."""
+        for sample in self._forks.take(stem):
+            sample.first_scheduled = stem.first_scheduled
+            self._state.add(sample)
+            self._admit(sample.submission.request)
+            if self._state.fork(stem, sample):
+                self._executor.fork(stem.id, sample.id)
+        self._close(stem)
 
     def _admit(self, request: GenerationRequest) -> None:
         seed = request.params.seed
@@ -136,6 +166,7 @@ class Loop:
                 token_ids=request.token_ids,
                 temperature=request.params.temperature,
                 seed=_draw_seed() if seed is None else seed,
+                sample=request.sample,
             )
         )
 
@@ -143,6 +174,11 @@ class Loop:
         request = self._state.open.get(handle.id)
         if request is not None and request.handle is handle:
             self._end(request, "abort", time=self._executor.now())
+        elif waiting := self._forks.leave(handle):
+            sample, stem = waiting
+            self._end_sample(sample, "abort", time=self._executor.now())
+            if stem is not None:
+                self._end(self._state.open[stem], "abort", time=self._executor.now())
 
     # Planning
 
@@ -233,7 +269,11 @@ class Loop:
         accepted = 0
         for name, token in result.tokens:
             request = self._state.open.get(name)
-            if request is not None:  # else it had ended already: nobody hears of this token
+            if request is None:  # it had ended already: nobody hears of this token
+                continue
+            if request.is_stem:
+                self._branch(request)
+            else:
                 accepted += 1
                 self._accept(request, token, result.ended)
         self._history.add_tokens(accepted)
@@ -299,11 +339,37 @@ class Loop:
         error: str | None = None,
         stop_token: int | None = None,
     ) -> None:
+        if request.is_stem:
+            for sample in self._forks.take(request):
+                self._end_sample(sample, reason, time=time, error=error)
+        else:
+            self._say_end(request, reason, time=time, error=error, stop_token=stop_token)
+        self._close(request)
+
+    def _end_sample(
+        self, sample: Request, reason: FinishReason, *, time: float, error: str | None = None
+    ) -> None:
+        """Ends a sample that waits for its stem: nobody else knows it yet."""
+        self._say_end(sample, reason, time=time, error=error)
+        self._front.retire(sample.id)
+
+    def _say_end(
+        self,
+        request: Request,
+        reason: FinishReason,
+        *,
+        time: float,
+        error: str | None = None,
+        stop_token: int | None = None,
+    ) -> None:
         event = FinishedEvent(
             reason=reason, error=error, stop_token=stop_token, timings=request.timings(time)
         )
         self._outbox.append((request.handle, event))
         self._history.add_end(request.record(reason, time), reason)
+
+    def _close(self, request: Request) -> None:
+        """Frees what a request has, now or when the step that works on it has ended."""
         if self._state.end(request):
             self._forget(request)
 
@@ -318,20 +384,20 @@ class Loop:
             handle.deliver(event)
 
     def _shut(self, reason: FinishReason, message: str) -> None:
-        queued = [item for item in self._front.shut(message) if isinstance(item, Submission)]
+        queued: list[Submission] = []
+        for item in self._front.shut(message):
+            if isinstance(item, Submission):
+                queued.append(item)
+            elif isinstance(item, Samples):
+                queued += item.submissions
         requests = [
-            *self._state.open.values(),
+            *(request for request in self._state.open.values() if not request.is_stem),
+            *self._forks.waiting(),
             *(Request(submission=item, stop_ids=frozenset()) for item in queued),
         ]
         time = self._executor.now()
         for request in requests:
-            event = FinishedEvent(
-                reason=reason,
-                error=message if reason == "error" else None,
-                timings=request.timings(time),
-            )
-            self._outbox.append((request.handle, event))
-            self._history.add_end(request.record(reason, time), reason)
+            self._say_end(request, reason, time=time, error=message if reason == "error" else None)
         self._deliver()
         try:
             self._executor.close()

@@ -27,6 +27,8 @@ class GenerationRequest:
       id: Unique among the requests whose KV the engine still holds.
       token_ids: The prompt, at least one token; a simulator, which knows no words, gives a range.
       params: How tokens are chosen, and when to stop.
+      sample: Which of the answers to its prompt this is (`SamplingParams.n`); a part of the key
+        of its random draws. `Engine.submit_samples` sets it.
       priority: Higher is served earlier, by policies that look at it.
       deadline: When it should end [s, engine clock]; policies may use it, the engine does
         not abort for it.
@@ -35,6 +37,7 @@ class GenerationRequest:
     id: RequestId
     token_ids: Sequence[int]
     params: SamplingParams = field(default_factory=SamplingParams)
+    sample: int = 0
     priority: int = 0
     deadline: float | None = None
 

@@ -25,6 +25,7 @@ class Request:
       generated: Tokens produced so far.
       in_flight: The newest step in flight that works on it, or None.
       last_seq: The newest step that computed for it, or None.
+      is_stem: Nobody is told of it: see `loongjax.engine.forks`.
       failures: Failed steps that cost it its KV.
       ended: It has an end, though a step may still work on it.
       first_scheduled, first_token: For `Timings`.
@@ -32,6 +33,7 @@ class Request:
 
     submission: Submission
     stop_ids: frozenset[int]
+    is_stem: bool = False
     generated: list[int] = field(default_factory=list)
     in_flight: int | None = None
     last_seq: int | None = None
@@ -86,6 +88,7 @@ class Request:
                 kv=kv.shares,
                 tail=kv.tail,
                 holes=kv.holes,
+                shared=kv.shared,
                 deadline=request.deadline,
                 priority=request.priority,
                 last_seq=self.last_seq,

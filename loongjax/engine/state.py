@@ -62,6 +62,11 @@ class State:
         self._in_flight: set[RequestId] = set()
         self.published = self.snapshot()
 
+    @property
+    def block_size(self) -> int:
+        """Tokens per block."""
+        return self._allocator.block_size
+
     def add(self, request: Request) -> None:
         """Takes a new request in."""
         self.open[request.id] = request
@@ -88,6 +93,8 @@ class State:
         slots = self._allocator.apply(step)
         for name in step_requests(step):
             request = self.open[name]
+            if isinstance(step, MigrateStep):
+                self._tell_relatives(name)
             request.in_flight = step.seq
             if not isinstance(step, MigrateStep):
                 request.last_seq = step.seq
@@ -143,11 +150,31 @@ class State:
 
     def release_kv(self, request: Request) -> None:
         """Frees a request's slots."""
+        self._tell_relatives(request.id)
         self._allocator.release(request.id)
         request.changed()
         if request.id in self.open:
             self._views.stale.add(request.id)
         self._version += 1
+
+    def fork(self, source: Request, target: Request) -> bool:
+        """Lets a request that is open and has no KV share that of another; says whether it
+        could: block tables have bounds.
+        """
+        if not self._allocator.can_fork(source.id):
+            return False
+        self._allocator.fork(source.id, target.id)
+        target.changed()
+        self._views.stale.add(target.id)
+        self._version += 1
+        return True
+
+    def _tell_relatives(self, name: RequestId) -> None:
+        """What others see of the blocks that they share with a request is about to change."""
+        for other in self._allocator.relatives(name):
+            if request := self.open.get(other):
+                request.changed()
+                self._views.stale.add(other)
 
     def victims(self, step: Step) -> list[Request]:
         """Open requests that lose KV when `step` fails: it ran them, or shares an instance.

@@ -53,8 +53,8 @@ Meta: TypeAlias = Mapping[str, Int32[Array, "..."]]
 def meta_layout(kind: Kind, n: int, size: int, rows: int) -> MetaLayout:
     """The inputs of one rank of a program of degree n; `size` is its bucket.
 
-    Of both kinds: `temperature` (float32 bits), `seed` and `sample_position` of the rows
-    that this rank samples, and `rows_used` of the fullest rank.
+    Of both kinds: `temperature` (float32 bits), `seed`, `sample` and `sample_position` of the
+    rows that this rank samples, and `rows_used` of the fullest rank.
 
     Prefill, T local tokens: `token`, `position`; `first`, the first visible local index;
     `keep` [n, T], the slot of each token that arrives in each ring step; `used`; and
@@ -79,6 +79,7 @@ def meta_layout(kind: Kind, n: int, size: int, rows: int) -> MetaLayout:
     sampling: dict[str, tuple[int, ...]] = {
         "temperature": (rows,),
         "seed": (rows,),
+        "sample": (rows,),
         "sample_position": (rows,),
         "rows_used": (),
     }

@@ -28,7 +28,11 @@ def sample_rows(
 
         logits = decoder.apply({"params": weights}, part(x_RxM), method="logits")
         found = sample(
-            logits, part(temperature_R), part(meta["seed"]), part(meta["sample_position"])
+            logits,
+            part(temperature_R),
+            part(meta["seed"]),
+            part(meta["sample"]),
+            part(meta["sample_position"]),
         )
         return lax.dynamic_update_slice_in_dim(token_R, found, i * tile_rows, axis=0)
 

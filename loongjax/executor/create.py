@@ -25,7 +25,7 @@ from loongjax.executor.memory import (
 )
 from loongjax.executor.sizing import size_pool
 from loongjax.kvcache.pool import stored_dtype
-from loongjax.kvcache.tables import BlockTable
+from loongjax.kvcache.tables import ENTRIES_PER_BLOCK, BlockTable
 from loongjax.models.config import ModelConfig
 from loongjax.models.placement import place_weights, stacks_layers
 from loongjax.models.products import products_for
@@ -153,7 +153,8 @@ def _backend(config: EngineConfig, platform: str, model: ModelConfig, dtype: jnp
 
 def _table_entries(slots: int, block_size: int) -> int:
     """Attention reads entries in chunks, and so beyond the end of the last region."""
-    return BlockTable.required_capacity(slots // block_size) + chunk_entries(block_size)
+    blocks = ENTRIES_PER_BLOCK * (slots // block_size)
+    return BlockTable.required_capacity(blocks) + chunk_entries(block_size)
 
 
 def _room(shapes: ProgramShapes, grid: DeviceGrid, max_model_len: int) -> Room:

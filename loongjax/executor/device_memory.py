@@ -55,6 +55,7 @@ class DeviceMemory:
             device,
             layers=c.layers,
             slots=self._shapes.slots,
+            block_size=self._shapes.block_size,
             kv_heads=c.kv_heads // tp,
             head_dim=c.head_dim,
             dtype=jnp.dtype(self._shapes.stored_dtype),

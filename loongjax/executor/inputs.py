@@ -39,6 +39,7 @@ class TokenLog:
     def __init__(self, request: RequestInput) -> None:
         self.temperature_bits = int(np.float32(request.temperature).view(np.int32))
         self.seed = request.seed
+        self.sample = request.sample
         self._tokens = np.array(request.token_ids, np.int32)
         self._length = len(self._tokens)
 
@@ -221,6 +222,7 @@ class DecodeFrame:
         field = partial(layout.of_all_ranks, meta)
         field("temperature")[mine] = [log.temperature_bits for log in self._logs]
         field("seed")[mine] = [log.seed for log in self._logs]
+        field("sample")[mine] = [log.sample for log in self._logs]
         field("rows_used")[:] = max(filled)
         field("write")[:] = trash
         field("source")[:] = NO_TOKEN
@@ -327,4 +329,5 @@ def _slots_of(entries: Int32[np.ndarray, "N 3"]) -> Int32[np.ndarray, " T"]:
 def _sampling(field: Mapping[str, np.ndarray], row: int, log: TokenLog, position: int) -> None:
     field["temperature"][row] = log.temperature_bits
     field["seed"][row] = log.seed
+    field["sample"][row] = log.sample
     field["sample_position"][row] = position

@@ -140,6 +140,11 @@ class JaxExecutor:
         """Makes a request's tokens known."""
         self._logs[request.id] = TokenLog(request)
 
+    def fork(self, source: RequestId, target: RequestId) -> None:
+        """Enters the KV of `source` for `target` too; nothing is copied on the devices."""
+        for table in self._tables:
+            table.fork(source, target)
+
     def submit(self, step: Step, slots: SlotPlan) -> None:
         """Launches a step. Compiles its program first if nobody needed it before."""
         self._groups[step.seq] = step.group

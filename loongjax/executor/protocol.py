@@ -20,13 +20,15 @@ from loongjax.programs.counts import ProgramCounts
 class RequestInput:
     """What an executor needs to know of a request beyond the steps.
 
-    `seed` is always set here: the engine draws one when the user gave none.
+    `seed` is always set here: the engine draws one when the user gave none. `sample` tells the
+    answers to one prompt apart, which share a seed.
     """
 
     id: RequestId
     token_ids: Sequence[int]
     temperature: float
     seed: int
+    sample: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +68,10 @@ class Executor(Protocol):
 
     def admit(self, request: RequestInput) -> None:
         """Makes a request known, before any step names it."""
+        ...
+
+    def fork(self, source: RequestId, target: RequestId) -> None:
+        """Lets `target`, which has no KV, read the KV of `source` where it lies."""
         ...
 
     def submit(self, step: Step, slots: SlotPlan) -> None:

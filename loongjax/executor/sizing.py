@@ -17,6 +17,7 @@ import jax
 from loongjax.cluster.mesh import GroupMeshes
 from loongjax.errors import ConfigError
 from loongjax.executor.memory import MemoryPlan, ProgramMemory, Room
+from loongjax.kvcache.pool import padded_slots
 from loongjax.programs.build import ProgramShapes, lower
 from loongjax.programs.catalogue import Catalogue
 from loongjax.programs.key import platform_key, shapes_key
@@ -93,7 +94,7 @@ def measure(nominal: ProgramShapes, catalogue: Catalogue, meshes: GroupMeshes) -
     pool_bytes = decode.alias_size_in_bytes
     return ProgramMemory(
         weight_bytes=decode.argument_size_in_bytes - pool_bytes,
-        slot_bytes=-(-pool_bytes // (nominal.slots + 1)),
+        slot_bytes=-(-pool_bytes // padded_slots(nominal.slots, nominal.block_size)),
         temporary_bytes=max(memory.temp_size_in_bytes for memory in found),
         code_bytes=chunk_programs * extend.generated_code_size_in_bytes
         + other_programs * decode.generated_code_size_in_bytes,

@@ -33,6 +33,7 @@ from loongjax.kvcache.messages import (
     SlotPlan,
 )
 from loongjax.kvcache.moving import Cut, cut_moves
+from loongjax.kvcache.tables import ENTRIES_PER_BLOCK
 from loongjax.plan import (
     Chunk,
     DecodeStep,
@@ -101,7 +102,7 @@ class BlockAllocator:
         A new token goes into its request's newest block if that is partly filled, lies on the
         right instance and is not shared; otherwise into a new block. Tokens that move go into
         new blocks, as few as their positions allow; blocks that a step empties serve only
-        later steps.
+        later steps. From shared blocks they move as a copy: the other holders keep them.
 
         Raises:
           PlanError: An instance has too few free blocks, or the step contradicts the books.
@@ -119,6 +120,7 @@ class BlockAllocator:
         kv = self._held.pop(request, None)
         if kv is None:
             return
+        self._leave_family(request, kv)
         for instance, run in kv.runs.items():
             self._blocks[instance].drop(run.entries[:, 0] // self.block_size)
 
@@ -129,7 +131,7 @@ class BlockAllocator:
         new blocks.
 
         Raises:
-          PlanError: `src` has no KV, or `dst` has some.
+          PlanError: `src` has no KV, or `dst` has some, or `can_fork` says no.
         """
         kv = self._held.get(src)
         if kv is None or dst in self._held:
@@ -138,11 +140,39 @@ class BlockAllocator:
                 f"({self.computed(dst)} KV tokens): the first must have KV, the second none. "
                 f"Compute {src!r} first, and fork into a new request."
             )
+        if not self.can_fork(src):
+            raise PlanError(
+                f"cannot fork {src!r} ({kv.computed} KV tokens): block tables have room for "
+                f"{ENTRIES_PER_BLOCK} entries for each block, and that would be more. Compute "
+                f"{dst!r} by itself."
+            )
         for instance, run in kv.runs.items():
             self._blocks[instance].share(run.entries[:, 0] // self.block_size)
+        kv.family = kv.family or {src}
+        kv.family.add(dst)
         self._held[dst] = kv.copy()
+        self._recount_shared(kv)
+
+    def can_fork(self, src: RequestId) -> bool:
+        """Whether block tables have room for one more holder of all KV of `src`. O(all blocks).
+
+        They do as long as holders and free blocks together are no more than their entries: a
+        free block that is taken makes one entry, and one that is dropped takes one away.
+        """
+        kv = self._held.get(src)
+        return kv is not None and all(
+            self._blocks[instance].holders + self._blocks[instance].free + run.blocks
+            <= ENTRIES_PER_BLOCK * self._blocks[instance].count
+            for instance, run in kv.runs.items()
+        )
 
     # ---- what they say ---------------------------------------------------------------
+
+    def relatives(self, request: RequestId) -> frozenset[RequestId]:
+        """Others that may share blocks with a request: what it does changes their views."""
+        kv = self._held.get(request)
+        family = frozenset() if kv is None or kv.family is None else frozenset(kv.family)
+        return family - {request}
 
     def computed(self, request: RequestId) -> int:
         """KV tokens of a request; 0 if it is unknown."""
@@ -158,14 +188,15 @@ class BlockAllocator:
         tail = Share(last, room) if room else None
         # Nearly always: on one instance, without a hole.
         if len(kv.runs) == 1 and kv.runs[last].blocks * self.block_size == kv.computed + room:
-            return Whereabouts(kv.computed, (Share(last, kv.computed),), tail, ())
+            share = Share(last, kv.computed)
+            return Whereabouts(kv.computed, (share,), tail, (), self._shared(kv))
         shares, holes = [], []
         for instance, run in sorted(kv.runs.items()):
             shares.append(Share(instance, run.tokens))
             unused = run.blocks * self.block_size - run.tokens - (instance == last) * room
             if unused:
                 holes.append(Share(instance, unused))
-        return Whereabouts(kv.computed, tuple(shares), tail, tuple(holes))
+        return Whereabouts(kv.computed, tuple(shares), tail, tuple(holes), self._shared(kv))
 
     def shares(self, request: RequestId) -> tuple[Share, ...]:
         """See `Whereabouts`."""
@@ -209,6 +240,26 @@ class BlockAllocator:
           IntegrityError: With the sums that contradict each other.
         """
         check_books(self._blocks, self._held, self.block_size)
+
+    # ---- families --------------------------------------------------------------------
+
+    def _shared(self, kv: Holding) -> tuple[Share, ...]:
+        if kv.shared is None:
+            counts = [
+                (instance, self._blocks[instance].shared_of(run.entries[:, 0] // self.block_size))
+                for instance, run in sorted(kv.runs.items())
+            ]
+            kv.shared = tuple(Share(i, n * self.block_size) for i, n in counts if n)
+        return kv.shared
+
+    def _recount_shared(self, kv: Holding) -> None:
+        for name in kv.family or ():
+            self._held[name].shared = None
+
+    def _leave_family(self, request: RequestId, kv: Holding) -> None:
+        if kv.family is not None:
+            kv.family.remove(request)
+            self._recount_shared(kv)
 
     # ---- decode ----------------------------------------------------------------------
 
@@ -319,7 +370,7 @@ class BlockAllocator:
     def _migrate(self, step: MigrateStep) -> MigrateSlots:
         for move in step.moves:
             self._check_instance(step, move.request, move.target)
-        cuts = cut_moves(step, self._held, self._blocks, self.block_size)
+        cuts = cut_moves(step, self._held, self.block_size)
         wanted = [0] * self.instances
         for cut in cuts:
             wanted[cut.move.target] += len(cut.given)
@@ -360,6 +411,7 @@ class BlockAllocator:
         self._blocks[source].drop(dropped // self.block_size)
         if not runs[source].tokens:
             del runs[source]
+        self._recount_shared(self._held[cut.move.request])
 
     # ---- checks ----------------------------------------------------------------------
 

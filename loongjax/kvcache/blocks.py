@@ -33,6 +33,15 @@ class Blocks:
         """How many blocks are free."""
         return self.count - self._fresh + self._returned_count
 
+    @property
+    def holders(self) -> int:
+        """How often blocks are held, in sum. O(blocks)."""
+        return int(self.references.sum())
+
+    def shared_of(self, blocks: Int32[np.ndarray, " held"]) -> int:
+        """How many of these blocks more than one request holds. O(blocks)."""
+        return int((self.references[blocks] > 1).sum())
+
     def free_ids(self) -> Int32[np.ndarray, " free"]:
         """The free blocks, in no order. O(free)."""
         fresh = np.arange(self._fresh, self.count, dtype=np.int32)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32
 
-from loongjax.plan import Share
+from loongjax.plan import RequestId, Share
 
 _FIRST_ROOM = 4
 
@@ -24,15 +24,17 @@ class Whereabouts(NamedTuple):
     holes: slots in its blocks that its next tokens cannot take, by instance; no empty shares.
       They lie behind a token that was not its newest when more came, or that was left behind
       by a move.
+    shared: slots of its blocks that others hold too, by instance; no empty shares.
     """
 
     computed: int
     shares: tuple[Share, ...]
     tail: Share | None
     holes: tuple[Share, ...]
+    shared: tuple[Share, ...]
 
 
-NOWHERE = Whereabouts(0, (), None, ())
+NOWHERE = Whereabouts(0, (), None, (), ())
 
 
 class Run:
@@ -123,15 +125,20 @@ class Holding:
       last_instance: Where the newest token lies; -1 before the first.
       next_slot: The slot behind the newest token. The newest block is partly filled
         unless this is a multiple of the block size.
+      family: Those that were forked from one another and have KV still, with this one; None
+        if it was never forked.
+      shared: See `Whereabouts`; None when it has to be counted anew.
     """
 
-    __slots__ = ("computed", "last_instance", "next_slot", "runs")
+    __slots__ = ("computed", "family", "last_instance", "next_slot", "runs", "shared")
 
     def __init__(self) -> None:
         self.computed = 0
         self.runs: dict[int, Run] = {}
         self.last_instance = -1
         self.next_slot = 0
+        self.family: set[RequestId] | None = None
+        self.shared: tuple[Share, ...] | None = ()
 
     def run_on(self, instance: int) -> Run:
         """The run on an instance; an empty one is made if there is none."""
@@ -147,4 +154,5 @@ class Holding:
         new.runs = {instance: run.copy() for instance, run in self.runs.items()}
         new.last_instance = self.last_instance
         new.next_slot = self.next_slot
+        new.family = self.family
         return new

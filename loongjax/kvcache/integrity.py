@@ -21,7 +21,8 @@ def check_books(
     blocks: Sequence[Blocks], held: Mapping[RequestId, Holding], block_size: int
 ) -> None:
     """Every block is held exactly as often as counted, or free; entries fit their blocks and
-    contradict none; positions of a request are exactly 0 to computed - 1.
+    contradict none; positions of a request are exactly 0 to computed - 1. Of a shared block,
+    holders may have different parts.
 
     Raises:
       IntegrityError: With the numbers that do not match.
@@ -29,7 +30,7 @@ def check_books(
     claims = [_Claims(instance, pool.count) for instance, pool in enumerate(blocks)]
     for request, kv in held.items():
         for instance, run in kv.runs.items():
-            claims[instance].add(request, run, block_size)
+            claims[instance].add(request, kv, run, block_size)
         _check_positions(request, kv)
     for instance, (claimed, pool) in enumerate(zip(claims, blocks, strict=True)):
         _check_blocks(instance, pool, claimed.holders)
@@ -45,10 +46,13 @@ class _Claims:
     def __init__(self, instance: InstanceId, count: int) -> None:
         self._instance = instance
         self._entries = np.zeros((count, 3), np.int32)
+        self._families = np.zeros(count, np.int64)
         self.holders = np.zeros(count, np.int32)
 
-    def add(self, request: RequestId, run: Run, block_size: int) -> None:
-        """Checks a run by itself and against those before; shared blocks must agree."""
+    def add(self, request: RequestId, kv: Holding, run: Run, block_size: int) -> None:
+        """Checks a run by itself and against those before: only a family shares blocks, and
+        agrees on what lies there, though a move may have taken the end of it from one of them.
+        """
         where = f"request {request!r} on instance {self._instance}"
         entries = run.entries
         slots, counts = entries[:, 0], entries[:, 2]
@@ -73,13 +77,17 @@ class _Claims:
             raise IntegrityError(
                 f"{where}: positions {entries[:, 1].tolist()} do not ascend. {_HINT}"
             )
-        differs = (self._entries[blocks] != entries).any(1) & (self.holders[blocks] > 0)
+        family = id(kv) if kv.family is None else id(kv.family)
+        differs = (self._entries[blocks] != entries)[:, :2].any(1)
+        differs |= self._families[blocks] != family
+        differs &= self.holders[blocks] > 0
         if differs.any():
             raise IntegrityError(
                 f"{where}: entry {entries[differs][0].tolist()} overlaps entry "
                 f"{self._entries[blocks[differs][0]].tolist()} of another request. {_HINT}"
             )
         self._entries[blocks] = entries
+        self._families[blocks] = family
         self.holders[blocks] += 1
 
 

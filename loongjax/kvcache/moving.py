@@ -6,14 +6,13 @@ Entries are `(slot, position, count)`, positions ascending.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple, NoReturn
 
 import numpy as np
 from jaxtyping import Int32
 
 from loongjax.errors import PlanError
-from loongjax.kvcache.blocks import Blocks
 from loongjax.kvcache.holding import Holding
 from loongjax.plan import InstanceId, MigrateStep, Move, RequestId
 
@@ -30,14 +29,13 @@ class Cut(NamedTuple):
 def cut_moves(
     step: MigrateStep,
     held: Mapping[RequestId, Holding],
-    blocks: Sequence[Blocks],
     block_size: int,
 ) -> list[Cut]:
     """The moves of a step, one after another, each checked. Changes nothing.
 
     Raises:
-      PlanError: There is not as much to move, its blocks are shared, or an instance is to
-        give and to take KV of one request.
+      PlanError: There is not as much to move, or an instance is to give and to take KV of one
+        request.
     """
     _check_ways(step)
     lefts: dict[tuple[RequestId, InstanceId], Int32[np.ndarray, "K 3"]] = {}
@@ -53,7 +51,6 @@ def cut_moves(
                 f"{move.source}, which holds {there} then. Move at least 1, and what is there",
             )
         left, taken = cut_newest(before, move.tokens)
-        _check_unshared(step, move, blocks[move.source].references[taken[:, 0] // block_size])
         lefts[place] = left
         cuts.append(Cut(move, taken, packed(taken, block_size), left))
     return cuts
@@ -111,17 +108,6 @@ def _check_ways(step: MigrateStep) -> None:
                 f"moves KV of request {move.request!r} both to instance {move.source} and away "
                 "from it. Move it straight to where it shall be",
             )
-
-
-def _check_unshared(step: MigrateStep, move: Move, holders: Int32[np.ndarray, " touched"]) -> None:
-    shared = int((holders > 1).sum())
-    if shared:
-        _refuse(
-            step,
-            f"moves KV of request {move.request!r} away from instance {move.source}, but "
-            f"{shared} of the {len(holders)} blocks that it lies in are shared with a fork. Move "
-            "newer tokens alone, or wait until the others have ended",
-        )
 
 
 def _refuse(step: MigrateStep, text: str) -> NoReturn:

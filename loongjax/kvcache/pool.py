@@ -1,7 +1,7 @@
 """The KV pool's arrays on the devices: how they are shaped, stored and made.
 
-Each device holds three arrays: K and V `[L, S + 1, G / tp, D]`, whose last slot is the trash
-slot for tokens that are not kept, and the block table `[N, 3]` of its instance (see
+Each device holds three arrays: K and V `[L, P, G / tp, D]`, whole blocks of slots and one more
+for tokens that are not kept, and the block table `[N, 3]` of its instance (see
 `pallas_kernels.paged_attention`). They are donated to every step and come back from it.
 """
 
@@ -25,8 +25,8 @@ class KVPool(NamedTuple):
     Globally the slots of all instances lie behind each other on axis 1, tables on axis 0.
     """
 
-    k: Shaped[Array, "L S1 G D"]
-    v: Shaped[Array, "L S1 G D"]
+    k: Shaped[Array, "L P G D"]
+    v: Shaped[Array, "L P G D"]
     table: Int32[Array, "N 3"]
 
 
@@ -68,11 +68,20 @@ def from_stored(rows: Shaped[Array, "*rows"]) -> Float[Array, "*rows"]:
     return rows
 
 
+def padded_slots(slots: int, block_size: int) -> int:
+    """P, the slots of the arrays of a pool that is to give out `slots`, of whole blocks.
+
+    From `slots` on there is room for what is not kept.
+    """
+    return (slots // block_size + 1) * block_size
+
+
 def new_pool(
     device: jax.Device,
     *,
     layers: int,
     slots: int,
+    block_size: int,
     kv_heads: int,
     head_dim: int,
     dtype: jnp.dtype,
@@ -83,7 +92,7 @@ def new_pool(
 
     `layout` is that of K and V; None: the platform's own.
     """
-    shape = (layers, slots + 1, kv_heads, head_dim)
+    shape = (layers, padded_slots(slots, block_size), kv_heads, head_dim)
     place = device if layout is None else Format(layout, SingleDeviceSharding(device))
     with jax.default_device(device):
         return KVPool(

@@ -19,6 +19,10 @@ from jaxtyping import Int32
 from loongjax.errors import IntegrityError
 from loongjax.plan import RequestId
 
+ENTRIES_PER_BLOCK = 2
+"""Entries that a table has room for, for each block of its instance, shared blocks having one
+for each holder. `BlockAllocator.can_fork` keeps to it; more costs memory and time to send."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TableUpdates:
@@ -76,15 +80,15 @@ class BlockTable:
         self._changed_ranges: list[range] = []
 
     @staticmethod
-    def required_capacity(blocks: int) -> int:
-        """Rows that suffice whenever the table holds at most `blocks` entries.
+    def required_capacity(entries: int) -> int:
+        """Rows that suffice whenever the table holds at most so many entries.
 
         A region is sized to a power of two, at most twice its entries, whenever it is made
-        or grows. So after compaction all regions take at most `2 * blocks` rows, with the
+        or grows. So after compaction all regions take at most `2 * entries` rows, with the
         one included that is about to grow. The third part keeps compactions rare: each
-        frees at least `blocks` rows, so it is paid for by the entries that fill them.
+        frees at least `entries` rows, so it is paid for by the entries that fill them.
         """
-        return 3 * blocks
+        return 3 * entries
 
     def append(self, request: RequestId, entries: Int32[np.ndarray, "N 3"]) -> None:
         """Adds entries, positions ascending, behind those that the request has.
@@ -145,6 +149,20 @@ class BlockTable:
             region.next_slot, region.next_position = slot + 1, position + 1
         else:
             self.append(request, np.array([[slot, position, 1]], np.int32))
+
+    def fork(self, source: RequestId, target: RequestId) -> None:
+        """Gives `target`, which has none, the entries of `source` too. O(entries).
+
+        Raises:
+          IntegrityError: The table is full; nothing has changed then.
+        """
+        start, length = self.region(source)
+        if not length:
+            return
+        self.append(target, self.entries[start : start + length].copy())
+        old, new = self._regions[source], self._regions[target]
+        new.newest = old.newest
+        new.next_slot, new.next_position = old.next_slot, old.next_position
 
     def replace(self, request: RequestId, entries: Int32[np.ndarray, "N 3"]) -> None:
         """Lets a request have these entries alone, positions ascending: no more than it has.

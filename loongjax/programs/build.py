@@ -16,7 +16,7 @@ from loongjax.cluster.mesh import SP, TP
 from loongjax.esp.decode import decode
 from loongjax.esp.migrate import migrate
 from loongjax.esp.prefill import prefill
-from loongjax.kvcache.pool import POOL_LAYOUT, POOL_SPECS, KVPool
+from loongjax.kvcache.pool import POOL_LAYOUT, POOL_SPECS, KVPool, padded_slots
 from loongjax.models.config import ModelConfig
 from loongjax.models.decoder import Decoder
 from loongjax.models.products import Products
@@ -40,7 +40,7 @@ class ProgramShapes:
       stored_dtype: Of KV in the pool.
       stacked: Whether layers are stacked (see `loongjax.models.placement.stacks_layers`).
       products: The form of matrix products (see `loongjax.models.products`).
-      slots: KV slots of each instance, without the trash slot.
+      slots: KV slots of each instance, without those for what is not kept.
       block_size: Tokens per block.
       table_entries: Rows of each instance's block table.
       attention_backend: Which kernels programs are made of.
@@ -65,7 +65,7 @@ class ProgramShapes:
     def pool_shapes(self, degree: int) -> KVPool:
         """Shapes of a group's pool, all its devices together."""
         c = self.config
-        kv = (c.layers, degree * (self.slots + 1), c.kv_heads, c.head_dim)
+        kv = (c.layers, degree * padded_slots(self.slots, self.block_size), c.kv_heads, c.head_dim)
         return KVPool(
             k=jax.ShapeDtypeStruct(kv, self.stored_dtype),
             v=jax.ShapeDtypeStruct(kv, self.stored_dtype),

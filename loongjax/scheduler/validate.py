@@ -4,8 +4,7 @@ Owns the meaning of a plan: what may stand in it, given a snapshot. Owns no book
 are counted the way `BlockAllocator` gives them out, so that a valid plan is never refused
 there. One thing is not in a snapshot: how a request's tokens lie in its blocks, if those are
 larger than a token. So a move counts as many blocks as it may need at most, which is exact
-where KV without holes moves. Blocks shared with a fork are not known either: moves of those
-are refused by the allocator alone. Pure Python; O(rows + shares) a plan.
+where KV without holes moves. Pure Python; O(rows + shares) a plan.
 """
 
 from __future__ import annotations
@@ -85,6 +84,11 @@ class _Books:
         if view.tail is not None:
             slots[view.tail.instance] += view.tail.tokens
         return {instance: n // self.snapshot.block_size for instance, n in slots.items()}
+
+    def freed(self, view: RequestView) -> Counter[InstanceId]:
+        """Blocks that are free when a request alone drops its KV, by instance."""
+        shared = {instance: slots // self.snapshot.block_size for instance, slots in view.shared}
+        return Counter(self.held(view)) - Counter(shared)
 
 
 def blocks_for(tokens: int, block_size: int) -> int:
@@ -372,7 +376,7 @@ def _check_capacity(books: _Books, plan: Plan) -> None:
     freed: Counter[InstanceId] = Counter()
     for name in plan.preempt:
         if view := books.get(name):
-            freed.update(books.held(view))
+            freed.update(books.freed(view))
     for step in plan.steps:
         wanted: Counter[InstanceId] = Counter()
         for instance, blocks in _wanted(books, step):

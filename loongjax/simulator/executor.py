@@ -90,6 +90,10 @@ class VirtualExecutor:
             job=self._door.jobs[request.id], held=self._ledger.open(request.id)
         )
 
+    def fork(self, source: RequestId, target: RequestId) -> None:
+        """Never called: a job of a workload has one answer."""
+        raise StepError(f"the simulator cannot share the KV of {source!r} with {target!r}")
+
     def submit(self, step: Step, slots: SlotPlan) -> None:
         """See `Executor`. Takes host time; runs when what is in flight on the group has ended."""
         seconds = step_seconds(step, self._ledger, self._cost)

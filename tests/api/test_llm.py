@@ -60,6 +60,26 @@ def test_one_prompt_needs_no_list() -> None:
             assert output.token_ids == answer(HELLO, 4)
 
 
+def test_several_answers_to_each_prompt() -> None:
+    with llm_over() as (llm, _):
+        one, three = llm.generate(["hello", [1, 2, 3]], [FOUR, SamplingParams(n=3, max_tokens=4)])
+        assert [given.token_ids for given in one.outputs] == [answer(HELLO, 4)]
+        assert [given.index for given in three.outputs] == [0, 1, 2]
+        assert [given.token_ids for given in three.outputs] == [
+            answer((1, 2, 3), 4, i) for i in range(3)
+        ]
+        assert (three.token_ids, three.finish_reason) == (answer((1, 2, 3), 4), "length")
+        assert three.text == three.outputs[0].text
+        chatted = llm.chat([{"role": "user", "content": "hi"}], SamplingParams(n=2, max_tokens=4))
+        assert len(chatted.outputs) == 2
+        assert sum(run.count for run in chatted.outputs[1].steps) == 5  # the stem's, and its own
+
+
+def test_stream_is_one_answer() -> None:
+    with llm_over() as (llm, _), pytest.raises(RequestError, match=r"one answer, but n = 2"):
+        next(llm.stream("hello", SamplingParams(n=2)))
+
+
 def test_no_prompts_give_no_outputs() -> None:
     with llm_over() as (llm, _):
         assert llm.generate([]) == []

@@ -33,17 +33,17 @@ VOCAB = 1000
 PATIENCE_S = 20.0
 
 
-def next_token(tokens: Sequence[int]) -> int:
-    """The "model": a function of all tokens and of how many they are."""
+def next_token(tokens: Sequence[int], sample: int = 0) -> int:
+    """The "model": a function of all tokens, of how many they are, and of the sample's index."""
     data = b"".join(token.to_bytes(4, "little") for token in tokens)
-    return zlib.crc32(data, len(tokens)) % VOCAB
+    return zlib.crc32(data, len(tokens) + (sample << 16)) % VOCAB
 
 
-def answer(prompt: Sequence[int], count: int) -> tuple[int, ...]:
+def answer(prompt: Sequence[int], count: int, sample: int = 0) -> tuple[int, ...]:
     """The first `count` tokens that follow a prompt."""
     tokens = list(prompt)
     for _ in range(count):
-        tokens.append(next_token(tokens))
+        tokens.append(next_token(tokens, sample))
     return tuple(tokens[len(prompt) :])
 
 
@@ -93,6 +93,7 @@ class FakeExecutor:
         self._tokens: dict[str, list[int]] = {}
         self._kv: dict[str, dict[int, tuple[int, int]]] = {}
         self._pool: dict[tuple[int, int], tuple[str, int]] = {}
+        self._author: dict[tuple[str, int], str] = {}  # who computed a token's KV, if forked
         self._doomed: dict[int, str] = {}
         self._free_at: dict[int, float] = {}
         self.flights: list[Flight] = []
@@ -192,11 +193,20 @@ class FakeExecutor:
 
     def drop_kv(self, request: str) -> None:
         self._check_grounded(request)
-        self._kv[request] = {}
+        self._drop(request)
+
+    def fork(self, source: str, target: str) -> None:
+        self._check_grounded(source)
+        assert not self._kv[target]
+        for position, place in self._kv[source].items():
+            self._kv[target][position] = place
+            self._author[target, position] = self._author.get((source, position), source)
+            assert self._tokens[target][position] == self._tokens[source][position]
 
     def forget(self, request: str) -> None:
         self._check_grounded(request)
         with self._changed:
+            self._drop(request)
             del self._tokens[request], self._kv[request]
             self._changed.notify_all()
 
@@ -205,6 +215,11 @@ class FakeExecutor:
         with self._changed:
             self.closed = True
             self._changed.notify_all()
+
+    def _drop(self, request: str) -> None:
+        for position in self._kv[request]:
+            self._author.pop((request, position), None)
+        self._kv[request] = {}
 
     # What it checks
 
@@ -277,6 +292,7 @@ class FakeExecutor:
     def _put(self, request: str, position: int, instance: int, slot: int) -> None:
         assert position not in self._kv[request], "KV computed twice"
         self._kv[request][position] = (instance, slot)
+        self._author.pop((request, position), None)
         self._pool[instance, slot] = (request, position)
 
     def _finish(self, flight: Flight) -> StepResult:
@@ -295,7 +311,7 @@ class FakeExecutor:
             known = self._tokens[name]
             assert all(self._is_there(name, position) for position in range(end))
             if end == len(known):
-                tokens.append(SampledToken(name, next_token(known)))
+                tokens.append(SampledToken(name, next_token(known, self.inputs[name].sample)))
                 known.append(tokens[-1].token)
         return StepResult(seq=step.seq, tokens=tuple(tokens), **times)
 
@@ -308,7 +324,8 @@ class FakeExecutor:
 
     def _is_there(self, request: str, position: int) -> bool:
         """Whether KV is where it was written, not overwritten and not lost."""
-        return self._pool.get(self._kv[request][position]) == (request, position)
+        author = self._author.get((request, position), request)
+        return self._pool.get(self._kv[request][position]) == (author, position)
 
 
 def _places(entries: np.ndarray) -> dict[int, int]:

@@ -49,7 +49,7 @@ TINY = random_config("tiny")
 WINDOWED = replace(TINY, windows=tuple(None if layer % 2 else 7 for layer in range(TINY.layers)))
 
 
-def probe(logits_RxV, temperature_R, seed_R, position_R):
+def probe(logits_RxV, temperature_R, seed_R, sample_R, position_R):
     """Stands in for `sample`: the bits of logit `seed` of each row."""
     found = jnp.take_along_axis(logits_RxV, seed_R[:, None], axis=1)[:, 0]
     return lax.bitcast_convert_type(found, jnp.int32)

@@ -20,6 +20,11 @@ from pallas_kernels.striped_attention import tile_size
 from tests.esp.lives import Life, draw_group, draw_shares, expect
 from tests.esp.rig import WINDOWED, Rig, logits_of
 
+pytestmark = [
+    pytest.mark.usefixtures("without_shape_checks"),
+    pytest.mark.xdist_group("probed rigs"),
+]
+
 _numbers = itertools.count()
 
 

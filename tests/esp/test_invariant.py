@@ -10,12 +10,18 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loongjax.plan import DecodeRow
 from tests.esp.lives import Life, draw_group, draw_shares, expect
-from tests.esp.rig import TINY, WINDOWED, Rig, logits_of
+from tests.esp.rig import WINDOWED, Rig, logits_of
+
+pytestmark = [
+    pytest.mark.usefixtures("without_shape_checks"),
+    pytest.mark.xdist_group("probed rigs"),
+]
 
 _numbers = itertools.count()
 
@@ -77,22 +83,22 @@ def decode_some(data, rig: Rig, instances: int, lives: list[Life]) -> None:
 @settings(max_examples=200)
 @given(data=st.data())
 def test_token_granularity(rigs, data):
-    run_case(data, rigs(instances=4, block_size=1), 4)
+    run_case(data, rigs(instances=4, block_size=1, slots=512), 4)
 
 
 @settings(max_examples=100)
 @given(data=st.data())
 def test_blocks(rigs, data):
-    run_case(data, rigs(instances=4, block_size=16, slots=512), 4)
+    run_case(data, rigs(instances=4, block_size=16, slots=1024), 4)
 
 
 @settings(max_examples=100)
 @given(data=st.data())
 def test_sliding_windows(rigs, data):
-    run_case(data, rigs(instances=3, block_size=4, model=WINDOWED), 3)
+    run_case(data, rigs(instances=3, block_size=4, slots=512, model=WINDOWED), 3)
 
 
 @settings(max_examples=60)
 @given(data=st.data())
 def test_tensor_parallel_instances(rigs, data):
-    run_case(data, rigs(instances=2, tensor_parallel=2, block_size=1, model=TINY), 2)
+    run_case(data, rigs(instances=2, tensor_parallel=2, block_size=1, slots=512), 2)

@@ -75,11 +75,10 @@ def entry_in_the_block_of_another(allocator: BlockAllocator) -> None:
     allocator._held["c"].runs[0].entries[1, 0] = 4
 
 
-def shared_block_written(allocator: BlockAllocator) -> None:
+def shared_block_of_other_tokens(allocator: BlockAllocator) -> None:
     kv = allocator._held["b"]
-    kv.runs[1].fill_last(1)
+    kv.runs[1].entries[0, 1] += 1
     kv.computed += 1
-    kv.next_slot += 1
 
 
 def two_entries_in_a_block(allocator: BlockAllocator) -> None:
@@ -136,7 +135,10 @@ def kv_lost(allocator: BlockAllocator) -> None:
         (entry_too_long, r"entry \[12, 4, 5\] is not within one"),
         (entry_outside_the_pool, r"entry \[24, 4, 1\] is not within one"),
         (entry_in_the_block_of_another, r"\[4, 4, 1\] overlaps entry \[4, 4, 2\]"),
-        (shared_block_written, r"'b' on instance 1: entry \[0, 6, 4\] overlaps entry \[0, 6, 3\]"),
+        (
+            shared_block_of_other_tokens,
+            r"'b' on instance 1: entry \[0, 7, 3\] overlaps entry \[0, 6, 3\]",
+        ),
         (two_entries_in_a_block, "2 entries overlap in 1 blocks"),
         (gap_in_positions, "are not positions 0 to 4 once each"),
         (entries_out_of_order, r"positions \[4, 0\] do not ascend"),

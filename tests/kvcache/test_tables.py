@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from loongjax.errors import IntegrityError, PlanError
 from loongjax.kvcache import BlockAllocator, BlockTable, TableUpdates
+from loongjax.kvcache.tables import ENTRIES_PER_BLOCK
 from loongjax.plan import (
     Chunk,
     DecodeRow,
@@ -40,7 +41,8 @@ class TableMachine(RuleBasedStateMachine):
         self.allocator = BlockAllocator(instances=2, slots=slots, block_size=self.block_size)
         # Less than `required_capacity`, and still enough: compaction happens more often.
         self.tables = [
-            BlockTable(capacity=2 * BLOCKS, block_size=self.block_size) for _ in range(2)
+            BlockTable(capacity=2 * ENTRIES_PER_BLOCK * BLOCKS, block_size=self.block_size)
+            for _ in range(2)
         ]
         self.devices = [np.full((table.capacity, 3), -1, np.int32) for table in self.tables]
         self.names: set[str] = set()
@@ -87,6 +89,14 @@ class TableMachine(RuleBasedStateMachine):
                 return
             self.tables[source].replace(name, move.left)
             self.tables[target].append(name, move.given)
+
+    @rule(name=NAMES, copy=NAMES)
+    def fork(self, name: str, copy: str) -> None:
+        if self.allocator.can_fork(name) and not self.allocator.computed(copy):
+            self.allocator.fork(name, copy)
+            for table in self.tables:
+                table.fork(name, copy)
+            self.names.add(copy)
 
     @rule(name=NAMES)
     def release(self, name: str) -> None:

@@ -74,7 +74,7 @@ def random_case(shape: Shape, seed: int, windowed: bool) -> Case:
     NaN stands in every slot that no row lists, and rubbish in the table around the rows'.
     """
     rng = np.random.default_rng(seed)
-    pool = (LAYERS, shape.slots + 1, shape.kv_heads, HEAD_DIM)
+    pool = (LAYERS, shape.slots + shape.block_size, shape.kv_heads, HEAD_DIM)
     case = Case(
         q=draw(rng, (ROWS, shape.heads, HEAD_DIM), shape.dtype),
         k=draw(rng, pool, shape.dtype),
@@ -83,8 +83,8 @@ def random_case(shape: Shape, seed: int, windowed: bool) -> Case:
             rng.integers(-(2**30), 2**30, (shape.table_entries, 3), np.int32),
             *np.zeros((4, ROWS), np.int32),
         ),
-        listed_RxS=np.zeros((ROWS, shape.slots + 1), bool),
-        position_RxS=np.zeros((ROWS, shape.slots + 1), int),
+        listed_RxS=np.zeros((ROWS, shape.slots + shape.block_size), bool),
+        position_RxS=np.zeros((ROWS, shape.slots + shape.block_size), int),
     )
     at = int(rng.integers(0, 3))
     for row in range(ROWS):

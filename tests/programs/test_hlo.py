@@ -12,7 +12,7 @@ import pytest
 
 from loongjax.cluster.mesh import GroupMeshes, device_grid
 from loongjax.esp.meta import Kind
-from loongjax.kvcache.pool import stored_dtype
+from loongjax.kvcache.pool import padded_slots, stored_dtype
 from loongjax.models.products import Products
 from loongjax.programs import build
 from loongjax.programs.build import ProgramShapes, lower
@@ -24,7 +24,8 @@ from tests.esp.rig import TINY
 from tests.programs.hlo import moves_of, traffic
 
 SLOTS = 8190  # one pool is larger than everything else in these programs together
-LOCAL_POOL = (TINY.layers, SLOTS + 1, TINY.kv_heads, TINY.head_dim)
+BLOCK_SIZE = 4
+LOCAL_POOL = (TINY.layers, padded_slots(SLOTS, BLOCK_SIZE), TINY.kv_heads, TINY.head_dim)
 TOKENS, ROWS = 64, 4
 SIZES = {"prefill": TOKENS, "extend": TOKENS, "decode": ROWS, "migrate": 128}
 
@@ -38,7 +39,7 @@ def compiled(kind: Kind, degree: int, dtype: str) -> jax.stages.Compiled:
         stacked=False,
         products=Products.CPU,
         slots=SLOTS,
-        block_size=4,
+        block_size=BLOCK_SIZE,
         table_entries=1000,
     )
     spec = ProgramSpec(kind=kind, degree=degree, bucket=SIZES[kind], rows=ROWS)

@@ -18,9 +18,10 @@ def logits_of(rows: int, seed: int = 0, scale: float = 2.0) -> np.ndarray:
     return scale * np.random.default_rng(seed).standard_normal((rows, VOCAB)).astype(np.float32)
 
 
-def tokens_of(logits, temperature, seed, position) -> np.ndarray:
+def tokens_of(logits, temperature, seed, position, number=0) -> np.ndarray:
+    """`number` is that of the sample among the answers to its prompt."""
     rows = len(logits)
-    parts = [np.broadcast_to(np.int32(part), rows) for part in (seed, position)]
+    parts = [np.broadcast_to(np.int32(part), rows) for part in (seed, number, position)]
     return np.asarray(draw(logits, np.broadcast_to(np.float32(temperature), rows), *parts))
 
 
@@ -42,7 +43,7 @@ def test_a_tiny_temperature_is_the_most_likely_token_too(temperature):
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-@pytest.mark.parametrize("vary", ["seed", "position"])
+@pytest.mark.parametrize("vary", ["seed", "number", "position"])
 def test_draws_follow_the_softmax(temperature, vary):
     """Pearson's chi-square over independent draws.
 
@@ -51,8 +52,8 @@ def test_draws_follow_the_softmax(temperature, vary):
     """
     draws = 20_000
     logits = np.random.default_rng(3).uniform(-1.2, 1.2, (1, VOCAB)).astype(np.float32)
-    seed, position = (np.arange(draws), 7) if vary == "seed" else (7, np.arange(draws))
-    found = tokens_of(np.repeat(logits, draws, 0), temperature, seed, position)
+    key = {"seed": 7, "number": 0, "position": 7, vary: np.arange(draws)}
+    found = tokens_of(np.repeat(logits, draws, 0), temperature, **key)
     weights = np.exp(logits[0].astype(np.float64) / temperature)
     expected = draws * weights / weights.sum()
     assert expected.min() > 5  # else the statistic is not chi-square
@@ -79,15 +80,15 @@ def test_a_token_depends_on_neither_the_order_of_rows_nor_their_company(data, or
     np.testing.assert_array_equal(found[:rows], together[chosen])
 
 
-def test_a_key_is_seed_and_position():
+def test_a_key_is_seed_sample_and_position():
     """Among equal logits, two keys draw the same token with probability 1 / VOCAB."""
     rows = 600
     flat = np.zeros((rows, VOCAB), np.float32)
     again, count = tokens_of(flat, 1.0, 5, 9), np.arange(rows)
     assert len(set(again)) == 1
-    for seed, position in [(count, 9), (5, count), (count, rows - count)]:
-        found = tokens_of(flat, 1.0, seed, position)
-        np.testing.assert_array_equal(found, tokens_of(flat, 1.0, seed, position))
+    for key in [(count, 9), (5, count), (count, rows - count), (5, 9, count), (count, 9, -count)]:
+        found = tokens_of(flat, 1.0, *key)
+        np.testing.assert_array_equal(found, tokens_of(flat, 1.0, *key))
         equal = (found[1:] == found[:-1]).mean()
         # Six standard deviations of a mean of independent draws.
         assert abs(equal - 1 / VOCAB) < 6 * np.sqrt(1 / VOCAB / rows)

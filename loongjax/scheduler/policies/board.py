@@ -142,18 +142,24 @@ class Board:
         self._spare.clear()
 
     def preempt(self, view: RequestView) -> None:
-        """Drops a request's KV; its blocks are free at once."""
+        """Drops a request's KV; its blocks are free at once, save those that others share."""
         del self._grants[view.id]
         self._spare.clear()
         self.preempted.append(view.id)
         if view in self.running:
             self.running.remove(view)
-        for instance, tokens in view.kv:
-            self.free[instance] += self.blocks(tokens)
+        for instance, blocks in self.freed_by(view).items():
+            self.free[instance] += blocks
             self.roomy.add(instance)
 
+    def freed_by(self, view: RequestView) -> dict[InstanceId, int]:
+        """Blocks that are free, by instance, when this request alone drops its KV; none empty."""
+        shared = dict(view.shared)
+        own = {home: self.blocks(n) - self.blocks(shared.get(home, 0)) for home, n in view.kv}
+        return {home: blocks for home, blocks in own.items() if blocks > 0}
+
     def blocks_on(self, instances: Set[InstanceId], view: RequestView) -> int:
-        """Blocks that a request holds on these."""
+        """Blocks that a request holds on these, shared or not."""
         return sum(self.blocks(tokens) for home, tokens in view.kv if home in instances)
 
     def behind(self, view: RequestView) -> list[RequestView]:

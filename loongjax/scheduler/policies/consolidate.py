@@ -52,10 +52,10 @@ class Consolidation:
         self._batches: list[_Batch] = []
 
     def seat(self) -> None:
-        """Moves whom it is cheap to move, in line."""
+        """Moves whom it is cheap to move, in line; not who shares KV, which would be copied."""
         board = self._board
         gone = board.seated.union(board.preempted)
-        spread = [view for view in board.snapshot.running if len(view.kv) > 1]
+        spread = [v for v in board.snapshot.running if len(v.kv) > 1 and not v.shared]
         for view in sorted(spread, key=line_key):
             if view.id in gone:
                 continue

@@ -90,19 +90,28 @@ class Decodes:
             younger = board.behind(view)
             if self._preempt_for(view, younger):
                 return
-            roomy = {home for victim in younger for home in victim.homes}
+            roomy = {home for victim in younger for home in board.freed_by(victim)}
             if self._find(view, everywhere, roomy) is None:
                 board.stuck.add(view.id)
         self._wait_for(view, self._find(view, board.idle | board.soon, roomy))
 
     def _preempt_for(self, view: RequestView, younger: list[RequestView]) -> bool:
-        for victim in reversed(younger):
-            if victim.id in self._board.snapshot.in_flight:
-                continue
-            seat = self._find(view, self._board.idle, victim.homes)
+        """Drops the KV of the youngest whose room helps; says whether it has dropped any.
+
+        If nobody has room of his own there, one who shares all of it goes. What he shared is
+        one holder nearer to being free when the next plan is made, which is at once.
+        """
+        board = self._board
+        ready = [v for v in reversed(younger) if v.id not in board.snapshot.in_flight]
+        for victim in ready:
+            seat = self._find(view, board.idle, frozenset(board.freed_by(victim)))
             if seat is not None:
-                self._board.preempt(victim)
+                board.preempt(victim)
                 self._take(view, seat)
+                return True
+        for victim in ready:
+            if victim.shared and self._find(view, board.idle, victim.homes) is not None:
+                board.preempt(victim)
                 return True
         return False
 

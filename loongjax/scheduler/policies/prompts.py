@@ -248,6 +248,8 @@ class Prompts:
             return False
         for victim in reversed(behind):
             if lacking > 0 and victim.id not in board.snapshot.in_flight:
-                lacking -= board.blocks_on(region, victim)
+                # What it shares is free when the last one that shares it is gone.
+                freed = board.freed_by(victim)
+                lacking -= sum(blocks for home, blocks in freed.items() if home in region)
                 board.preempt(victim)
         return lacking <= 0
