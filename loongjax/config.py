@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from loongjax.errors import ConfigError
+from pallas_kernels.backend_names import BACKENDS, Backend
 
 Dtype: TypeAlias = Literal["float32", "bfloat16"]
 _DTYPES = ("float32", "bfloat16")
@@ -98,6 +99,9 @@ class EngineConfig:
       dtype: Of weights, KV and activations. bfloat16 halves memory and is faster on
         accelerators; only float32 gives the same tokens at every degree. None: float32 on
         CPU, bfloat16 elsewhere.
+      attention_backend: Which kernels run (`pallas_kernels.backend_names`). `xla` runs anywhere,
+        the Pallas ones on their own hardware; the interpreted ones are for tests on CPU. A
+        change recompiles every program. None: the platform's own.
       program_dir: Folder of compiled programs, which makes later starts fast. Loading one
         runs code, so nobody else may be able to write there. None: a folder of this user.
       trusted_program_dir: A program library made elsewhere, which is read too, whoever owns
@@ -114,6 +118,7 @@ class EngineConfig:
     policy: str = "first_come"
     cost_model: Path | None = None
     dtype: Dtype | None = None
+    attention_backend: Backend | None = None
     program_dir: Path | None = None
     trusted_program_dir: Path | None = None
     warm_up: bool = False
@@ -130,6 +135,11 @@ class EngineConfig:
             raise ConfigError("strict_programs needs warm_up: no program would ever be made")
         if self.dtype is not None and self.dtype not in _DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(_DTYPES)}, not {self.dtype!r}")
+        if self.attention_backend is not None and self.attention_backend not in BACKENDS:
+            raise ConfigError(
+                f"attention_backend must be one of {', '.join(BACKENDS)}, not "
+                f"{self.attention_backend!r}"
+            )
 
 
 def engine_config(
@@ -141,6 +151,7 @@ def engine_config(
     pool_slots: int | None = None,
     max_model_len: int | None = None,
     dtype: Dtype | None = None,
+    attention_backend: Backend | None = None,
     program_dir: str | Path | None = None,
     trust_library: str | Path | None = None,
     warm_up: bool = False,
@@ -155,6 +166,7 @@ def engine_config(
         pool=PoolConfig(block_size=block_size, slots=pool_slots),
         max_model_len=max_model_len,
         dtype=dtype,
+        attention_backend=attention_backend,
         program_dir=_folder(program_dir),
         trusted_program_dir=_folder(trust_library),
         warm_up=warm_up,

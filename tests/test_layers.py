@@ -32,6 +32,7 @@ RANKS = {
     "loongjax.engine": 5,
     "loongjax.timeline": 6,
     "loongjax.simulator": 6,
+    "loongjax.aot": 7,
     "loongjax.api": 7,
     "loongjax": 8,
     "loongjax.bench": 8,

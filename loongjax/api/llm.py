@@ -45,6 +45,7 @@ from loongjax.plan import RequestId
 from loongjax.sampling.params import SamplingParams
 from loongjax.text import IncrementalDetokenizer, Tokenizer
 from loongjax.timeline import Timeline
+from pallas_kernels.backend_names import Backend
 
 
 class LLM:
@@ -73,6 +74,7 @@ class LLM:
         pool_slots: int | None = None,
         max_model_len: int | None = None,
         dtype: Dtype | None = None,
+        attention_backend: Backend | None = None,
         program_dir: str | Path | None = None,
         trust_library: str | Path | None = None,
         warm_up: bool = False,
@@ -89,6 +91,7 @@ class LLM:
           max_model_len: Tokens of prompt and answer together; None: as many as the model and
             the pool allow.
           dtype: `float32` or `bfloat16`; None: float32 on CPU, bfloat16 elsewhere.
+          attention_backend: Which kernels run; None: the platform's own.
           program_dir: Folder of compiled programs; None: a folder of this user.
           trust_library: A folder of programs compiled elsewhere, to be read too, whoever owns
             it: whoever can write there can run code here.
@@ -109,6 +112,7 @@ class LLM:
             pool_slots=pool_slots,
             max_model_len=max_model_len,
             dtype=dtype,
+            attention_backend=attention_backend,
             program_dir=program_dir,
             trust_library=trust_library,
             warm_up=warm_up,

@@ -99,6 +99,7 @@ def examine(options: argparse.Namespace) -> dict[str, Any]:
             "layers": model.layers,
             "max_positions": model.max_positions,
             "dtype": str(shapes.dtype),
+            "attention_backend": shapes.attention_backend,
         },
         "memory": {
             "available_bytes": room.available_bytes,
@@ -150,6 +151,7 @@ def describe(report: dict[str, Any]) -> str:
             "devices",
             ("platform", f"{devices['platform']} ({devices['kind']})"),
             ("used", f"{devices['used']} of {devices['present']}"),
+            ("kernels", model["attention_backend"]),
         ),
         *_rows(
             "topology",

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from loongjax.errors import ConfigError
+from pallas_kernels.backend_names import BACKENDS
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +59,11 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="of weights, KV and activations (default: float32 on CPU, else bfloat16)",
     )
     group.add_argument(
+        "--attention-backend",
+        choices=BACKENDS,
+        help="which kernels run (default: pallas-tpu on TPU, pallas-triton on GPU, else xla)",
+    )
+    group.add_argument(
         "--program-dir",
         metavar="DIR",
         help="folder of compiled programs, yours alone (default: in ~/.cache/loongjax)",
@@ -101,6 +107,7 @@ def llm_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "pool_slots": options.pool_slots,
         "max_model_len": options.max_model_len,
         "dtype": options.dtype,
+        "attention_backend": options.attention_backend,
         "program_dir": options.program_dir,
         "trust_library": options.trust_library,
     }

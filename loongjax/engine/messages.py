@@ -206,3 +206,8 @@ class EngineStats:
     finished: tuple[tuple[FinishReason, int], ...]
     programs: ProgramCounts
     host: tuple[PhaseTime, ...]
+
+    @property
+    def attention_backend(self) -> str | None:
+        """Which kernels run; None where none do, in a simulation."""
+        return self.programs.attention_backend

@@ -22,8 +22,8 @@ from loongjax.esp.partials import return_to_masters
 from loongjax.esp.sampling import sample_rows
 from loongjax.kvcache.pool import KVPool, from_stored, to_stored
 from loongjax.models.decoder import Decoder
-from pallas_kernels.kv_write import kv_write
-from pallas_kernels.paged_attention import RowTables, paged_attention
+from pallas_kernels.backends import Kernels
+from pallas_kernels.paged_attention import RowTables
 from pallas_kernels.partials import Partial, merge
 
 
@@ -34,6 +34,7 @@ class PooledAttention:
     degree: int
     block_size: int
     meta: Meta
+    kernels: Kernels
 
     def __call__(
         self,
@@ -55,8 +56,8 @@ class PooledAttention:
         # Written before it is read, though nothing reads it in this step: a read of the
         # older pool that is not ordered before the write would cost a copy of the pool.
         pool = state._replace(
-            k=kv_write(state.k, stored[:, :kv_heads], self.meta["write"], layer=layer),
-            v=kv_write(state.v, stored[:, kv_heads:], self.meta["write"], layer=layer),
+            k=self.kernels.kv_write(state.k, stored[:, :kv_heads], self.meta["write"], layer=layer),
+            v=self.kernels.kv_write(state.v, stored[:, kv_heads:], self.meta["write"], layer=layer),
         )
         position_A = self.meta["position"]
         tables = RowTables(
@@ -66,7 +67,7 @@ class PooledAttention:
             position_R=position_A,
             first_R=jnp.zeros_like(position_A) if window is None else position_A - window + 1,
         )
-        local = paged_attention(
+        local = self.kernels.paged_attention(
             new_AxXxD[:, :heads],
             pool.k,
             pool.v,
@@ -104,6 +105,7 @@ def decode(
     decoder: Decoder,
     degree: int,
     block_size: int,
+    kernels: Kernels,
 ) -> tuple[KVPool, Int32[Array, " R"]]:
     """One token for each row whose master this rank is; returns the pool and the tokens.
 
@@ -120,6 +122,6 @@ def decode(
     )
     rank = lax.axis_index(SP) if degree > 1 else jnp.int32(0)
     position = lax.dynamic_slice_in_dim(meta["position"], rank * rows, rows)
-    attend = PooledAttention(degree=degree, block_size=block_size, meta=meta)
+    attend = PooledAttention(degree=degree, block_size=block_size, meta=meta, kernels=kernels)
     x_RxM, pool = decoder.apply({"params": weights}, token, position, attend, pool)
     return pool, sample_rows(weights, x_RxM, meta, decoder, tile_rows=rows)

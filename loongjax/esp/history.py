@@ -25,7 +25,8 @@ from loongjax.cluster.mesh import SP
 from loongjax.esp.meta import Meta
 from loongjax.esp.partials import return_to_masters
 from loongjax.kvcache.pool import KVPool, from_stored
-from pallas_kernels.paged_attention import Keys, chunk_entries, load_keys
+from pallas_kernels.backends import Kernels
+from pallas_kernels.paged_attention import Keys, RowTables, chunk_entries, load_keys
 from pallas_kernels.partials import (
     Carry,
     Partial,
@@ -39,6 +40,7 @@ from pallas_kernels.partials import (
 from pallas_kernels.striped_attention import tile_size
 
 Window = int | Int32[Array, ""] | None
+_ROWS_AT_ONCE = 64  # queries that a kernel attends to the same keys
 
 
 class Trips(NamedTuple):
@@ -49,15 +51,23 @@ class Trips(NamedTuple):
 
 
 def history_trips(
-    *, tokens: int, bucket: int, items: int, item_tokens: int, query_bytes: int, key_bytes: int
+    *,
+    tokens: int,
+    bucket: int,
+    items: int,
+    item_tokens: int,
+    query_bytes: int,
+    key_bytes: int,
+    passes_keys: bool = True,
 ) -> Trips:
     """Which way a step takes, by the bytes that each rank receives from each other.
 
     `tokens` are the new tokens of each rank, in a program of `bucket`; `items` the work items
     of the rank with most history, of `item_tokens` keys each. A query moves `query_bytes`
-    (q there, o and lse back), a key `key_bytes`.
+    (q there, o and lse back), a key `key_bytes`. `passes_keys`: whether the program has both ways.
     """
-    if tokens * query_bytes < items * item_tokens * key_bytes:
+    cheaper = tokens * query_bytes < items * item_tokens * key_bytes
+    if cheaper or (items and not passes_keys):
         return Trips(query=-(-tokens // tile_size(bucket)), key=0)
     return Trips(query=0, key=items)
 
@@ -74,6 +84,7 @@ class HistoryAttention:
     degree: int
     block_size: int
     meta: Meta
+    kernels: Kernels
 
     def __call__(
         self,
@@ -85,6 +96,9 @@ class HistoryAttention:
     ) -> Carry:
         """The carry with all history folded in."""
         carry_HxT = self._pass_queries(carry_HxT, q_HxTxD, pool, layer, window)
+        if self.kernels.shares_keys:
+            # The other way's gathers want the pool in another layout: XLA would copy all of it.
+            return carry_HxT
         return self._pass_keys(carry_HxT, q_HxTxD, pool, layer, window)
 
     def _pass_queries(
@@ -95,8 +109,7 @@ class HistoryAttention:
         layer: int | Int32[Array, ""],
         window: Window,
     ) -> Carry:
-        heads, tokens, head_dim = q_HxTxD.shape
-        tile = tile_size(tokens)
+        tile = tile_size(q_HxTxD.shape[1])
 
         def query_tile(i: Array, carry: Carry) -> Carry:
             at = i * tile
@@ -105,22 +118,11 @@ class HistoryAttention:
                 q_HxQxD = lax.all_gather(q_HxQxD, SP, axis=1, tiled=True)
             local_Q = at + jnp.tile(jnp.arange(tile, dtype=jnp.int32), self.degree)
             rank_Q = jnp.repeat(jnp.arange(self.degree, dtype=jnp.int32), tile)
-            first_chunk = jnp.sum(self.meta["chunk_end"] <= at, dtype=jnp.int32)
-            last_chunk = jnp.sum(self.meta["chunk_begin"] < at + tile, dtype=jnp.int32)
-
-            def chunk_keys(c: Array, partial: Carry) -> Carry:
-                def work_item(j: Array, running: Carry) -> Carry:
-                    keys = self._load(pool, c, j, layer)
-                    visible = self._visible(keys, c, local_Q, rank_Q, window)
-                    return self._fold(running, q_HxQxD, keys, visible)
-
-                return lax.fori_loop(0, self._work_items()[c], work_item, partial)
-
-            nothing = empty_carry((heads, tile * self.degree), head_dim)
-            partial = finish(lax.fori_loop(first_chunk, last_chunk, chunk_keys, nothing))
-            o, lse = return_to_masters(
-                Partial(partial.o.swapaxes(0, 1), partial.lse.swapaxes(0, 1)), self.degree
-            )
+            if self.kernels.shares_keys:
+                partial = self._attend_at_once(q_HxQxD, pool, local_Q, rank_Q, layer, window)
+            else:
+                partial = self._attend_by_chunk(q_HxQxD, pool, local_Q, rank_Q, layer, window, at)
+            o, lse = return_to_masters(partial, self.degree)
             running = slice_carry(carry, at, tile)
             for rank in range(self.degree):
                 returned = Partial(o[rank].swapaxes(0, 1), lse[rank].swapaxes(0, 1))
@@ -128,6 +130,70 @@ class HistoryAttention:
             return put_carry(carry, running, at)
 
         return lax.fori_loop(0, self.meta["query_trips"], query_tile, carry_HxT)
+
+    def _attend_at_once(
+        self,
+        q_HxQxD: Float[Array, "H Q D"],
+        pool: KVPool,
+        local_Q: Int32[Array, " Q"],
+        rank_Q: Int32[Array, " Q"],
+        layer: int | Int32[Array, ""],
+        window: Window,
+    ) -> Partial:
+        """A tile's queries, in rows, against the keys that this rank holds of their chunks."""
+        chunk_Q = jnp.sum(self.meta["chunk_end"][:, None] <= local_Q, axis=0, dtype=jnp.int32)
+        chunk_Q = jnp.minimum(chunk_Q, self.meta["chunk_end"].shape[0] - 1)
+        begin_Q, start_Q = self.meta["chunk_begin"][chunk_Q], self.meta["chunk_start"][chunk_Q]
+        inside_Q = (local_Q >= begin_Q) & (local_Q < self.meta["chunk_end"][chunk_Q])
+        first_Q = jnp.zeros_like(start_Q)
+        if window is not None:
+            first_Q = start_Q + rank_Q + self.degree * (local_Q - begin_Q) - window + 1
+        return self.kernels.paged_attention(
+            q_HxQxD.swapaxes(0, 1),
+            pool.k,
+            pool.v,
+            RowTables(
+                table_Nx3=pool.table,
+                start_R=self.meta["history_start"][chunk_Q],
+                entries_R=jnp.where(inside_Q, self.meta["history_entries"][chunk_Q], 0),
+                # The pool may hold tokens of this very chunk: they were kept in ring steps.
+                position_R=start_Q,
+                first_R=first_Q,
+            ),
+            layer=layer,
+            block_size=self.block_size,
+            scale=q_HxQxD.shape[2] ** -0.5,
+            rows_at_once=min(_ROWS_AT_ONCE, q_HxQxD.shape[1] // self.degree),
+            decode=from_stored,
+        )
+
+    def _attend_by_chunk(
+        self,
+        q_HxQxD: Float[Array, "H Q D"],
+        pool: KVPool,
+        local_Q: Int32[Array, " Q"],
+        rank_Q: Int32[Array, " Q"],
+        layer: int | Int32[Array, ""],
+        window: Window,
+        at: Int32[Array, ""],
+    ) -> Partial:
+        """The same in loops over chunks and their work items, for tiles from `at` on."""
+        heads, queries, head_dim = q_HxQxD.shape
+        first_chunk = jnp.sum(self.meta["chunk_end"] <= at, dtype=jnp.int32)
+        tile_end = at + queries // self.degree
+        last_chunk = jnp.sum(self.meta["chunk_begin"] < tile_end, dtype=jnp.int32)
+
+        def chunk_keys(c: Array, partial: Carry) -> Carry:
+            def work_item(j: Array, running: Carry) -> Carry:
+                keys = self._load(pool, c, j, layer)
+                visible = self._visible(keys, c, local_Q, rank_Q, window)
+                return self._fold(running, q_HxQxD, keys, visible)
+
+            return lax.fori_loop(0, self._work_items()[c], work_item, partial)
+
+        nothing = empty_carry((heads, queries), head_dim)
+        partial = finish(lax.fori_loop(first_chunk, last_chunk, chunk_keys, nothing))
+        return Partial(partial.o.swapaxes(0, 1), partial.lse.swapaxes(0, 1))
 
     def _pass_keys(
         self,

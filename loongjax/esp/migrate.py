@@ -13,12 +13,14 @@ from jaxtyping import Array, Int32
 from loongjax.cluster.mesh import SP
 from loongjax.esp.meta import Meta
 from loongjax.kvcache.pool import KVPool
-from pallas_kernels.kv_write import kv_write
+from pallas_kernels.backends import Kernels
 
 TILE = 64  # tokens of one message: all layers, K and V together
 
 
-def migrate(pool: KVPool, meta: Meta, *, degree: int) -> tuple[KVPool, Int32[Array, " 1"]]:
+def migrate(
+    pool: KVPool, meta: Meta, *, degree: int, kernels: Kernels
+) -> tuple[KVPool, Int32[Array, " 1"]]:
     """Sends `send[hop]` slots and stores what arrives in `receive[hop]`; see `meta_layout`.
 
     Every slot is read before any is written over: a step's new slots are none of its old ones.
@@ -44,8 +46,8 @@ def migrate(pool: KVPool, meta: Meta, *, degree: int) -> tuple[KVPool, Int32[Arr
             def store(layer: Array, pool: KVPool) -> KVPool:
                 rows = arrived_2xLxTxGxD[:, layer]
                 return pool._replace(
-                    k=kv_write(pool.k, rows[0], given, layer=layer),
-                    v=kv_write(pool.v, rows[1], given, layer=layer),
+                    k=kernels.kv_write(pool.k, rows[0], given, layer=layer),
+                    v=kernels.kv_write(pool.v, rows[1], given, layer=layer),
                 )
 
             return lax.fori_loop(0, pool.k.shape[0], store, pool)

@@ -21,9 +21,8 @@ from loongjax.esp.meta import Meta
 from loongjax.esp.sampling import sample_rows
 from loongjax.kvcache.pool import KVPool, to_stored
 from loongjax.models.decoder import Decoder
-from pallas_kernels.kv_write import kv_write
+from pallas_kernels.backends import Kernels
 from pallas_kernels.partials import empty_carry, finish
-from pallas_kernels.striped_attention import fold_stripe
 
 _SAMPLED_AT_ONCE = 4  # most steps end few prompts
 
@@ -39,6 +38,7 @@ class RingAttention:
     meta: Meta
     history: HistoryAttention | None
     widens: bool
+    kernels: Kernels
 
     def __call__(
         self,
@@ -66,11 +66,11 @@ class RingAttention:
             stored = to_stored(kv_TxXxD, pool.k)
             keep_T = self.meta["keep"][hop]
             pool = pool._replace(
-                k=kv_write(pool.k, stored[:, :kv_heads], keep_T, layer=layer),
-                v=kv_write(pool.v, stored[:, kv_heads:], keep_T, layer=layer),
+                k=self.kernels.kv_write(pool.k, stored[:, :kv_heads], keep_T, layer=layer),
+                v=self.kernels.kv_write(pool.v, stored[:, kv_heads:], keep_T, layer=layer),
             )
             kv_XxTxD = kv_TxXxD.transpose(1, 0, 2).astype(dtype)
-            carry = fold_stripe(
+            carry = self.kernels.fold_stripe(
                 carry,
                 q_HxTxD,
                 kv_XxTxD[:kv_heads],
@@ -119,6 +119,7 @@ def prefill(
     decoder: Decoder,
     degree: int,
     block_size: int,
+    kernels: Kernels,
     with_history: bool,
 ) -> tuple[KVPool, Int32[Array, " rows"]]:
     """Computes one rank's stripe of a prefill step; returns the pool and sampled tokens.
@@ -129,12 +130,13 @@ def prefill(
     hidden states of those tokens are scattered over the ranks, so that the output
     projection is not done n times.
     """
-    history = HistoryAttention(degree=degree, block_size=block_size, meta=meta)
+    history = HistoryAttention(degree=degree, block_size=block_size, meta=meta, kernels=kernels)
     attend = RingAttention(
         degree=degree,
         meta=meta,
         history=history if with_history else None,
         widens=decoder.products.widens,
+        kernels=kernels,
     )
     params = {"params": weights}
     x_TxM, pool = decoder.apply(params, meta["token"], meta["position"], attend, pool)

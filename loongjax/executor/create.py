@@ -13,6 +13,7 @@ import numpy as np
 from loongjax.cluster.mesh import DeviceGrid, GroupMeshes, device_grid
 from loongjax.cluster.topology import default_topology
 from loongjax.config import EngineConfig
+from loongjax.errors import ConfigError
 from loongjax.executor.jax_executor import JaxExecutor
 from loongjax.executor.memory import (
     QUANTUM,
@@ -29,11 +30,14 @@ from loongjax.models.config import ModelConfig
 from loongjax.models.placement import place_weights, stacks_layers
 from loongjax.models.products import products_for
 from loongjax.models.weights import WeightSource, weight_leaves
+from loongjax.programs.buckets import MIN_CHUNK_TOKENS
 from loongjax.programs.build import ProgramShapes
 from loongjax.programs.catalogue import Catalogue, compiled_per_group
 from loongjax.programs.folder import default_folder
 from loongjax.programs.guard import CompileGuard
 from loongjax.programs.store import ProgramStore
+from pallas_kernels.backend_names import Backend
+from pallas_kernels.backends import default_backend, unsupported
 from pallas_kernels.paged_attention import chunk_entries
 
 _log = logging.getLogger(__name__)
@@ -85,6 +89,7 @@ def plan_executor(model: ModelConfig, config: EngineConfig) -> ExecutorPlan:
         slots=QUANTUM,
         block_size=pool.block_size,
         table_entries=_table_entries(QUANTUM, pool.block_size),
+        attention_backend=_backend(config, platform, model, dtype),
     )
     store = ProgramStore(config.program_dir or default_folder(), config.trusted_program_dir)
     room = _room(shapes, grid, max_model_len)
@@ -111,9 +116,11 @@ def create_executor(model: ModelConfig, source: WeightSource, config: EngineConf
     plan = plan_executor(model, config)
     shapes, catalogue = plan.shapes, plan.catalogue
     _log.info(
-        "%d instances of %d %s device(s), %d KV slots each (%s), %s, degrees %s, %d programs",
+        "%d instances of %d %s device(s), %d KV slots each (%s), %s, %s kernels, degrees %s, "
+        "%d programs",
         *(len(plan.grid), shapes.tp, plan.grid[0][0].platform, shapes.slots, plan.memory.origin),
-        *(shapes.dtype, catalogue.topology.degrees, len(catalogue.specs)),
+        *(shapes.dtype, shapes.attention_backend, catalogue.topology.degrees),
+        len(catalogue.specs),
     )
     weights = place_weights(model, source, plan.grid, shapes.dtype, stacked=shapes.stacked)
     return JaxExecutor(
@@ -124,6 +131,24 @@ def create_executor(model: ModelConfig, source: WeightSource, config: EngineConf
         store=plan.store,
         guard=CompileGuard(strict=config.strict_programs),
     )
+
+
+def _backend(config: EngineConfig, platform: str, model: ModelConfig, dtype: jnp.dtype) -> Backend:
+    """The kernels' backend. Raises ConfigError where it cannot serve the model here."""
+    backend = config.attention_backend or default_backend(platform)
+    reason = unsupported(
+        backend,
+        platform=platform,
+        head_dim=model.head_dim,
+        itemsize=dtype.itemsize,
+        chunk_tokens=MIN_CHUNK_TOKENS,
+    )
+    if reason is not None:
+        raise ConfigError(
+            f"attention_backend {backend!r} cannot serve this model: {reason}. Choose "
+            "attention_backend='xla', which runs everywhere"
+        )
+    return backend
 
 
 def _table_entries(slots: int, block_size: int) -> int:

@@ -60,6 +60,7 @@ class DeviceMemory:
             head_dim=c.head_dim,
             dtype=jnp.dtype(self._shapes.stored_dtype),
             table_entries=self._shapes.table_entries,
+            layout=self._shapes.pool_layout,
         )
 
     def weights_of(self, group: Group) -> PyTree[Array]:

@@ -60,6 +60,7 @@ from loongjax.programs.guard import CompileGuard
 from loongjax.programs.library import ProgramLibrary
 from loongjax.programs.spec import ProgramSpec
 from loongjax.programs.store import ProgramStore
+from pallas_kernels.backends import kernels_of
 from pallas_kernels.paged_attention import chunk_entries
 
 _log = logging.getLogger(__name__)
@@ -322,6 +323,7 @@ class JaxExecutor:
             item_tokens=chunk_entries(block_size) * block_size,
             query_bytes=c.heads * (c.head_dim * itemsize + (c.head_dim + 1) * 4),
             key_bytes=2 * c.kv_heads * c.head_dim * itemsize,
+            passes_keys=not kernels_of(self._shapes.attention_backend).shares_keys,
         )
 
     def _whole_table(self, table: BlockTable) -> np.ndarray:

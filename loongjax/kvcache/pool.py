@@ -12,7 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.experimental.layout import Format, Layout
+from jax.sharding import PartitionSpec, SingleDeviceSharding
 from jaxtyping import Array, Float, Int32, Shaped
 
 from loongjax.cluster.mesh import SP, TP
@@ -28,6 +29,12 @@ class KVPool(NamedTuple):
     v: Shaped[Array, "L P G D"]
     table: Int32[Array, "N 3"]
 
+
+POOL_LAYOUT = Layout(major_to_minor=(0, 1, 2, 3))
+"""How K and V lie in a TPU's memory, where kernels fetch slots: a slot's heads side by side. Left
+alone, XLA lays slots in lanes where heads fill those badly, and copies the pool for every kernel.
+The price is padding, to 128 numbers a head and to a power of two of heads below 8.
+"""
 
 POOL_SPECS = KVPool(
     k=PartitionSpec(None, SP, TP, None),
@@ -79,12 +86,17 @@ def new_pool(
     head_dim: int,
     dtype: jnp.dtype,
     table_entries: int,
+    layout: Layout | None = None,
 ) -> KVPool:
-    """An empty pool on one device; `kv_heads` are those of the device's tp rank."""
+    """An empty pool on one device; `kv_heads` are those of the device's tp rank.
+
+    `layout` is that of K and V; None: the platform's own.
+    """
     shape = (layers, padded_slots(slots, block_size), kv_heads, head_dim)
+    place = device if layout is None else Format(layout, SingleDeviceSharding(device))
     with jax.default_device(device):
         return KVPool(
-            k=jax.device_put(jnp.zeros(shape, dtype), device),
-            v=jax.device_put(jnp.zeros(shape, dtype), device),
+            k=jax.device_put(jnp.zeros(shape, dtype), place),
+            v=jax.device_put(jnp.zeros(shape, dtype), place),
             table=jax.device_put(jnp.zeros((table_entries, 3), jnp.int32), device),
         )

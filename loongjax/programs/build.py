@@ -9,18 +9,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from loongjax.cluster.mesh import SP, TP
 from loongjax.esp.decode import decode
 from loongjax.esp.migrate import migrate
 from loongjax.esp.prefill import prefill
-from loongjax.kvcache.pool import POOL_SPECS, KVPool, padded_slots
+from loongjax.kvcache.pool import POOL_LAYOUT, POOL_SPECS, KVPool, padded_slots
 from loongjax.models.config import ModelConfig
 from loongjax.models.decoder import Decoder
 from loongjax.models.products import Products
 from loongjax.models.weights import LeafSpec, Tree, weight_leaves
 from loongjax.programs.spec import ProgramSpec
+from pallas_kernels.backend_names import Backend
+from pallas_kernels.backends import kernels_of
 
 META_SPEC = PartitionSpec(SP, None)
 TOKEN_SPEC = PartitionSpec(SP)
@@ -40,6 +43,7 @@ class ProgramShapes:
       slots: KV slots of each instance, without those for what is not kept.
       block_size: Tokens per block.
       table_entries: Rows of each instance's block table.
+      attention_backend: Which kernels programs are made of.
     """
 
     config: ModelConfig
@@ -51,6 +55,12 @@ class ProgramShapes:
     slots: int
     block_size: int
     table_entries: int
+    attention_backend: Backend = "xla"
+
+    @property
+    def pool_layout(self) -> Layout | None:
+        """How K and V lie in memory; None: as XLA has it."""
+        return POOL_LAYOUT if self.attention_backend == "pallas-tpu" else None
 
     def pool_shapes(self, degree: int) -> KVPool:
         """Shapes of a group's pool, all its devices together."""
@@ -88,6 +98,10 @@ def argument_shapes(spec: ProgramSpec, shapes: ProgramShapes, mesh: Mesh) -> tup
         leaves,
     )
     pool = jax.tree.map(on_mesh, shapes.pool_shapes(spec.degree), POOL_SPECS)
+    if shapes.pool_layout is not None:
+        pool = pool._replace(
+            k=_laid_out(pool.k, shapes.pool_layout), v=_laid_out(pool.v, shapes.pool_layout)
+        )
     size = spec.layout.size
     meta = on_mesh(jax.ShapeDtypeStruct((spec.degree, size), jnp.int32), META_SPEC)
     if spec.kind == "migrate":
@@ -96,6 +110,11 @@ def argument_shapes(spec: ProgramSpec, shapes: ProgramShapes, mesh: Mesh) -> tup
         return weights, pool, meta
     tokens = jax.ShapeDtypeStruct((spec.degree * spec.rows,), jnp.int32)
     return weights, pool, meta, on_mesh(tokens, TOKEN_SPEC)
+
+
+def _laid_out(shape: jax.ShapeDtypeStruct, layout: Layout) -> jax.ShapeDtypeStruct:
+    placed = Format(layout, shape.sharding)
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=placed)
 
 
 def lower(spec: ProgramSpec, shapes: ProgramShapes, mesh: Mesh) -> jax.stages.Lowered:
@@ -109,7 +128,12 @@ def lower(spec: ProgramSpec, shapes: ProgramShapes, mesh: Mesh) -> jax.stages.Lo
         out_specs=(POOL_SPECS, TOKEN_SPEC),
         check_vma=False,  # replication over tp is by construction, not inferred
     )
-    return jax.jit(program, donate_argnums=pool_argument(spec)).lower(*arguments)
+    options: dict[str, Any] = {"donate_argnums": pool_argument(spec)}
+    if shapes.pool_layout is not None:  # else the pool would come back in another layout: a copy
+        pool = arguments[pool_argument(spec)]
+        formats = KVPool(k=pool.k.format, v=pool.v.format, table=pool.table.sharding)
+        options["out_shardings"] = (formats, NamedSharding(mesh, TOKEN_SPEC))
+    return jax.jit(program, **options).lower(*arguments)
 
 
 def pool_argument(spec: ProgramSpec) -> int:
@@ -120,10 +144,12 @@ def pool_argument(spec: ProgramSpec) -> int:
 def _body(spec: ProgramSpec, shapes: ProgramShapes) -> Callable[..., tuple[KVPool, jax.Array]]:
     """What one rank runs, on its own shards."""
     layout, degree = spec.layout, spec.degree
+    kernels = kernels_of(shapes.attention_backend)
     common: dict[str, Any] = {
         "decoder": Decoder(shapes.config, shapes.tp, shapes.products),
         "degree": degree,
         "block_size": shapes.block_size,
+        "kernels": kernels,
     }
 
     def on_rank(weights: Tree, pool: KVPool, meta_1xM: jax.Array, *previous: jax.Array) -> Any:
@@ -133,6 +159,6 @@ def _body(spec: ProgramSpec, shapes: ProgramShapes) -> Callable[..., tuple[KVPoo
         return prefill(weights, pool, meta, **common, with_history=spec.kind == "extend")
 
     def move(pool: KVPool, meta_1xM: jax.Array) -> Any:
-        return migrate(pool, layout.views(meta_1xM[0]), degree=degree)
+        return migrate(pool, layout.views(meta_1xM[0]), degree=degree, kernels=kernels)
 
     return move if spec.kind == "migrate" else on_rank

@@ -15,10 +15,13 @@ class ProgramCounts:
       rebound: To another group, from one that was compiled or loaded.
       compile_s, load_s, rebind_s: What each of these took in all [s]; tracing is part of
         compiling, reading and checking the file of loading.
+      attention_backend: Which kernels they are made of (`pallas_kernels.backend_names`); None
+        where nothing is compiled.
       compiled_after_warm_up: Compilations of any kind, jax's own small ones too, that a step
         waited for after warm-up had made everything; 0 without warm-up.
     """
 
+    attention_backend: str | None = None
     compiled: int = 0
     loaded: int = 0
     rebound: int = 0

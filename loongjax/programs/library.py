@@ -45,7 +45,7 @@ class ProgramLibrary:
         """`store` None keeps programs in memory only."""
         self.shapes = shapes
         self.guard = guard or CompileGuard()
-        self._counts = ProgramCounts()
+        self._counts = ProgramCounts(attention_backend=shapes.attention_backend)
         self._meshes = meshes
         self._store = store
         self._serialized: dict[ProgramSpec, StoredProgram] = {}

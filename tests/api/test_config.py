@@ -23,6 +23,12 @@ from loongjax.errors import ConfigError
         (ClusterConfig, {"instances": 4, "degrees": (1, 8)}, "must lie in [1, 4]"),
         (ClusterConfig, {"degrees": (0, 1)}, "must lie in [1, 1]"),
         (EngineConfig, {"max_model_len": 1}, "max_model_len must be at least 2"),
+        (
+            EngineConfig,
+            {"attention_backend": "cuda"},
+            "attention_backend must be one of xla, pallas-tpu, pallas-triton, interpret, "
+            "interpret-tpu, not 'cuda'",
+        ),
     ],
 )
 def test_refusals_name_the_numbers(kind: type, fields: dict[str, object], message: str) -> None:

@@ -43,6 +43,7 @@ from loongjax.plan import (
     StepResult,
 )
 from pallas_kernels import reference
+from pallas_kernels.backend_names import Backend
 
 TINY = random_config("tiny")
 WINDOWED = replace(TINY, windows=tuple(None if layer % 2 else 7 for layer in range(TINY.layers)))
@@ -74,13 +75,17 @@ class Rig:
         slots: int = 256,
         model: ModelConfig = TINY,
         dtype: str = "float32",
+        attention_backend: Backend | None = None,
+        max_chunk_tokens: int = 2048,
         program_dir=None,
     ) -> None:
         config = EngineConfig(
             cluster=ClusterConfig(instances=instances, tensor_parallel=tensor_parallel),
             pool=PoolConfig(block_size=block_size, slots=slots),
             max_model_len=512,
+            max_chunk_tokens=max_chunk_tokens,
             dtype=dtype,
+            attention_backend=attention_backend,
             program_dir=program_dir,
         )
         self.model = model

@@ -160,3 +160,6 @@ def test_the_way_with_fewer_bytes_is_taken():
     assert history_trips(tokens=200, items=0, **options) == Trips(query=0, key=0)
     assert history_trips(tokens=200, items=1, **options) == Trips(query=0, key=1)
     assert history_trips(tokens=200, items=100, **options) == Trips(query=1, key=0)
+    without = {"passes_keys": False, **options}
+    assert history_trips(tokens=200, items=0, **without) == Trips(query=0, key=0)
+    assert history_trips(tokens=200, items=1, **without) == Trips(query=1, key=0)

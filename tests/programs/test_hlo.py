@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +11,13 @@ import numpy as np
 import pytest
 
 from loongjax.cluster.mesh import GroupMeshes, device_grid
-from loongjax.esp import prefill
 from loongjax.esp.meta import Kind
 from loongjax.kvcache.pool import padded_slots, stored_dtype
 from loongjax.models.products import Products
+from loongjax.programs import build
 from loongjax.programs.build import ProgramShapes, lower
 from loongjax.programs.spec import ProgramSpec
+from pallas_kernels.backends import kernels_of
 from pallas_kernels.kv_write import kv_write
 from pallas_kernels.paged_attention import RowTables, paged_attention
 from tests.esp.rig import TINY
@@ -129,7 +131,8 @@ def keep_only_the_own_stripe(degree: int):
 @pytest.mark.parametrize("degree", [2, 4])
 def test_retention_sends_nothing(programs, monkeypatch, degree):
     retaining = programs("prefill", degree, "float32").as_text()
-    monkeypatch.setattr(prefill, "kv_write", keep_only_the_own_stripe(degree))
+    forgetful = replace(kernels_of("xla"), kv_write=keep_only_the_own_stripe(degree))
+    monkeypatch.setattr(build, "kernels_of", lambda _: forgetful)
     plain = compiled("prefill", degree, "float32").as_text()
     writes = [text.count(" scatter(") for text in (retaining, plain)]
     assert writes == [2 * TINY.layers * degree, 2 * TINY.layers]

@@ -1,0 +1,108 @@
+"""Which implementation of the kernels runs: the one place that picks them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+from pallas_kernels import kv_write as xla_write
+from pallas_kernels import paged_attention as xla_paged
+from pallas_kernels import striped_attention as xla_striped
+from pallas_kernels.backend_names import Backend
+from pallas_kernels.partials import Partial
+
+_OF_PLATFORM: dict[str, Backend] = {"tpu": "pallas-tpu", "gpu": "pallas-triton"}
+_NEEDS_PLATFORM = {backend: platform for platform, backend in _OF_PLATFORM.items()}
+_TRITON = ("pallas-triton", "interpret")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kernels:
+    """The three kernels of a backend.
+
+    Attributes:
+      backend: Its name.
+      fold_stripe: See `pallas_kernels.striped_attention.fold_stripe`.
+      paged_attention: See `pallas_kernels.paged_attention.paged_attention`; also takes
+        `rows_at_once`, how many neighbouring rows may share their entries.
+      kv_write: See `pallas_kernels.kv_write.kv_write`.
+      shares_keys: Whether `paged_attention` fetches a key once for rows that share it, so that
+        it serves chunks of many queries, too.
+    """
+
+    backend: Backend
+    fold_stripe: Callable[..., Any]
+    paged_attention: Callable[..., Partial]
+    kv_write: Callable[..., Any]
+    shares_keys: bool
+
+
+def default_backend(platform: str) -> Backend:
+    """The backend of a platform, as jax names it."""
+    return _OF_PLATFORM.get(platform, "xla")
+
+
+def unsupported(
+    backend: Backend, *, platform: str, head_dim: int, itemsize: int, chunk_tokens: int
+) -> str | None:
+    """Why a backend cannot serve a model on a platform; None if it can.
+
+    `itemsize` are the bytes of a number, `chunk_tokens` the shortest stripe.
+    """
+    needed = _NEEDS_PLATFORM.get(backend, platform)
+    if platform != needed:
+        return f"it needs a {needed}, and this is a {platform}"
+    if backend in _TRITON:
+        from pallas_kernels.gpu.striped_attention import tiles_for
+
+        try:
+            tiles_for(chunk_tokens, head_dim, itemsize)
+        except ValueError as error:
+            return str(error)
+    return None
+
+
+@cache
+def kernels_of(backend: Backend) -> Kernels:
+    """The kernels of a backend. Imports them when they are first asked for."""
+    if backend == "xla":
+        return Kernels(
+            backend=backend,
+            fold_stripe=xla_striped.fold_stripe,
+            paged_attention=_one_by_one,
+            kv_write=xla_write.kv_write,
+            shares_keys=False,
+        )
+    make = _triton if backend in _TRITON else _mosaic
+    return make(backend, interpret=backend.startswith("interpret"))
+
+
+def _triton(backend: Backend, *, interpret: bool) -> Kernels:
+    from pallas_kernels.gpu import kv_write, paged_attention, striped_attention
+
+    return Kernels(
+        backend=backend,
+        fold_stripe=partial(striped_attention.fold_stripe, interpret=interpret),
+        paged_attention=partial(paged_attention.paged_attention, interpret=interpret),
+        kv_write=partial(kv_write.kv_write, interpret=interpret),
+        shares_keys=True,
+    )
+
+
+def _mosaic(backend: Backend, *, interpret: bool) -> Kernels:
+    from pallas_kernels.tpu import kv_write, paged_attention, striped_attention
+
+    return Kernels(
+        backend=backend,
+        fold_stripe=partial(striped_attention.fold_stripe, interpret=interpret),
+        paged_attention=partial(paged_attention.paged_attention, interpret=interpret),
+        kv_write=partial(kv_write.kv_write, interpret=interpret),
+        shares_keys=True,
+    )
+
+
+def _one_by_one(*args: Any, rows_at_once: int = 1, **options: Any) -> Partial:
+    del rows_at_once  # every row fetches its own keys
+    return xla_paged.paged_attention(*args, **options)
