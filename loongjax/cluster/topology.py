@@ -103,7 +103,7 @@ class EverySubset(_Base):
 class Neighbours(_Base):
     """Runs of neighbours on the ring of instances: at most one group per start and degree.
 
-    The default on GPU, where every distinct group costs communicators.
+    The default on GPU with many instances: every distinct group costs communicators.
     """
 
     def groups(self, degree: int) -> Sequence[Group]:
@@ -140,6 +140,8 @@ class Neighbours(_Base):
             starts = _arc_starts(usable_bits, size, ring) & _rotate(beside, size, ring)
             if starts:
                 return _run((starts & -starts).bit_length() - 1, size, ring)
+            if len(instances) < 2:  # a larger run would have one of this size in it
+                return None
         return None
 
 
@@ -203,6 +205,9 @@ class AlignedSlices(_Base):
         return None
 
 
+_FEW = 4
+"""Instances on GPU of which every subset is a group: 15 groups, where neighbours are 13."""
+
 _PLATFORMS: dict[str, type[EverySubset | Neighbours | AlignedSlices]] = {
     "cpu": EverySubset,
     "gpu": Neighbours,
@@ -224,6 +229,8 @@ def default_topology(
       ConfigError: An unknown platform, or a degree that has no groups there.
     """
     kind = _PLATFORMS.get(platform)
+    if kind is Neighbours and instances <= _FEW:
+        kind = EverySubset
     if kind is None:
         raise ConfigError(
             f"no topology is known for platform {platform!r}; it must be one of "

@@ -12,7 +12,8 @@ ends, so that the peak of future KV is
 Compute. Up to a tipping point a longer batch costs little more; beyond it each request delays
 all others of its batch for nothing. Every instance that is to be had counts for that many
 tokens. A long prompt counts for at most all instances but one: those behind it may run on the
-last, and batching decides whether they do.
+last, and batching decides whether they do. What instances have no free blocks for does not
+run there.
 
 Decodes. Instances that decode are used for further requests only if
 
@@ -34,8 +35,10 @@ Pure functions; O((holders + line) log(holders) log(line)).
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -87,10 +90,12 @@ class Occupied(NamedTuple):
     Attributes:
       weight: The sum of 1 / output over them [1/token].
       migrate: How long it takes to move their KV away [s]; infinite if that cannot be done.
+      blocks: Free blocks, at most: those that it has, or will have once their KV is away.
     """
 
     weight: float
     migrate: float
+    blocks: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,11 +104,13 @@ class Openings:
 
     Attributes:
       free: How many nobody decodes on.
+      blocks: Free blocks on those.
       occupied: The others, those that it costs least to use first.
       wait: How long until decodes end by themselves [s].
     """
 
     free: int
+    blocks: int
     occupied: tuple[Occupied, ...]
     wait: float
 
@@ -115,6 +122,8 @@ def dispatch(
     openings: Openings,
     degrees: Sequence[int],
     cost: CostModel,
+    *,
+    tip: int,
 ) -> int:
     """How many of the requests in line to prefill now, from the first on.
 
@@ -125,16 +134,20 @@ def dispatch(
       openings: The instances that they may run on.
       degrees: Degrees that exist, ascending.
       cost: Predicts prefill times.
+      tip: The `tipping_point` of the lowest degree.
     """
     tokens = [prompt.tokens for prompt in prompts]
-    tip = tipping_point(degrees[0], cost)
     room = compute_allows(tokens, openings.free + len(openings.occupied), tip)
     if pool is not None:
         room = memory_allows(prompts[:room], pool)
-    undisturbed = best = asked = compute_allows(tokens[:room], openings.free, tip)
+    ends = list(accumulate(prompt.blocks for prompt in prompts[:room]))
+    held = bisect_right(ends, openings.blocks)
+    undisturbed = best = asked = compute_allows(tokens[:held], openings.free, tip)
     gained = openings.wait * (behind + sum([1.0 / length for length in tokens[undisturbed:]]))
     for more in _sizes(openings, degrees):
-        count = compute_allows(tokens[:room], openings.free + more, tip)
+        blocks = openings.blocks + sum([each.blocks for each in openings.occupied[:more]])
+        held = bisect_right(ends, blocks)
+        count = compute_allows(tokens[:held], openings.free + more, tip)
         if count > asked:
             asked = count
             if gained > _price(tokens[:count], openings, more, degrees, cost):
@@ -219,4 +232,4 @@ def _price(
     instances = openings.free + more
     degree = max((d for d in degrees if d <= instances), default=degrees[0])
     time = cost.prefill(degree, [ChunkWork(tokens, 0) for tokens in lengths])
-    return sum([weight * min(time, moving) for weight, moving in openings.occupied[:more]], 0.0)
+    return sum([each.weight * min(time, each.migrate) for each in openings.occupied[:more]], 0.0)

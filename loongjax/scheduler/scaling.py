@@ -1,14 +1,17 @@
 """Step 4 of 4: how groups shrink after prefill, and grow while they decode (section 5.4).
 
 Scale-down. The KV of a prefill batch is retained on the smallest part of its group that holds
-it and leaves headroom: room for what its requests, and who decodes there already, are granted
-to grow by. Among parts of one size, instances that decode already come first: they share
-their steps, and the others are free for prompts. The published code leaves no headroom.
+it, leaves headroom, room for what its requests, and who decodes there already, are granted to
+grow by, and reads it in time: a decode step takes as long as its fullest instance needs for its
+KV, so that a long context on few instances is slow for everyone there. Among parts of one size,
+instances that decode already come first: they share their steps, and the others are free for
+prompts. The published code leaves no headroom; paper and code look at memory alone.
 
 Scale-up. A group that decodes grows when memory is bound (its instances have no room for the
 next tokens: the caller finds that out, token by token) and when compute is bound: when its
-step is quicker on more instances, each of them master of fewer rows. The paper compares the
-batch with a threshold from the profile; the cost model predicts the step itself.
+step is quicker on more instances, each of them master of fewer rows; KV stays where it is, so
+that reading it gets no quicker. The paper compares the batch with a threshold from the profile;
+the cost model predicts the step itself.
 
 Masters. Rows are spread evenly over as many masters as make the step quickest, and a row
 stands with the master that holds most of its KV. The published code fills a master up to 128
@@ -19,13 +22,14 @@ Pure functions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import chain
 from typing import NamedTuple
 
 from loongjax.costmodel.protocol import CostModel, DecodeWork
-from loongjax.plan import DecodeRow, Group, InstanceId, RequestView, Share
+from loongjax.plan import DecodeRow, Group, InstanceId, RequestView, Share, Topology
 
 _WORTH = 0.9
 """A group takes instances that it could do without if its step takes at most this part of the
@@ -39,12 +43,27 @@ class Room:
     Attributes:
       instance: Which.
       spare: Free blocks that nobody is granted.
+      used: Blocks that somebody holds.
       decodes: Whether anyone decodes there.
     """
 
     instance: InstanceId
     spare: int
+    used: int
     decodes: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pace:
+    """How quickly requests decode, by what lies on the fullest instance of their group.
+
+    Attributes:
+      limit_s: What a step should take at most [s].
+      step_s: What it takes [s] with so many blocks there.
+    """
+
+    limit_s: float
+    step_s: Callable[[int], float]
 
 
 class Need(NamedTuple):
@@ -54,46 +73,117 @@ class Need(NamedTuple):
     later: int
 
 
-def scale_down(needs: Sequence[Need], rooms: Sequence[Room]) -> list[list[tuple[InstanceId, int]]]:
+def tokens_in_time(limit_s: float, most: int, cost: CostModel) -> int:
+    """KV of one request on one instance that decodes within a time; at most `most` tokens."""
+    if cost.decode(1, DecodeWork(1, most, 1, most)) <= limit_s:
+        return most
+    least = 0
+    while most - least > 1 + least // 64:
+        tokens = (least + most) // 2
+        if cost.decode(1, DecodeWork(1, tokens, 1, tokens)) <= limit_s:
+            least = tokens
+        else:
+            most = tokens
+    return least
+
+
+def scale_down(
+    needs: Sequence[Need], rooms: Sequence[Room], pace: Pace, topology: Topology
+) -> list[list[tuple[InstanceId, int]]]:
     """Which instances keep the KV of a prefill batch: see the module.
 
-    A prompt stays in one piece where it can end, else in one piece where most is spare, else
-    it is split, last on the instance that has most room left: its next tokens follow.
+    A prompt stays in one piece where it can end and is read in time, else it is split evenly,
+    last on the instance that has most room left: its next tokens follow.
 
     Args:
       needs: One for each prompt.
       rooms: The group; its spare blocks hold all prompts at their ends.
+      pace: How quickly they should decode.
+      topology: Which parts are groups, and can decode alone.
 
     Returns:
       For each prompt its instances, in the order of its tokens, with blocks that sum to `now`.
     """
-    spare = {room.instance: room.spare for room in smallest_part(needs, rooms)}
+    part = smallest_part(needs, rooms, pace, topology)
+    limit_s = max(pace.limit_s, pace.step_s(_fullest(needs, part)))
+    spare = {room.instance: room.spare for room in part}
+    used = {room.instance: room.used for room in part}
     found: list[list[tuple[InstanceId, int]]] = [[] for _ in needs]
     for i in sorted(range(len(needs)), key=lambda i: -needs[i].now):
         now, later = needs[i]
-        order = sorted(spare, key=lambda instance: (-spare[instance], instance))
-        tight = [instance for instance in spare if spare[instance] >= later]
-        left = now
-        for instance in tight[:1] or order:
-            taken = min(left, max(0, spare[instance]))
-            if taken:
-                found[i].append((instance, taken))
-                left -= taken
+        in_time = (
+            home
+            for home in spare
+            if spare[home] >= later and pace.step_s(used[home] + now) <= limit_s
+        )
+        whole = next(in_time, None)
+        roomy = {home: blocks for home, blocks in spare.items() if blocks > 0}
+        taken = balance(roomy, now) if whole is None else {whole: now}
+        found[i] = [(home, blocks) for home, blocks in taken.items() if blocks]
         found[i].sort(key=lambda piece: (spare[piece[0]] - piece[1], piece[0]))
-        for instance, taken in found[i]:
-            spare[instance] -= taken
+        for home, blocks in found[i]:
+            spare[home] -= blocks
+            used[home] += blocks
         spare[found[i][-1][0]] -= later - now
     return found
 
 
-def smallest_part(needs: Sequence[Need], rooms: Sequence[Room]) -> list[Room]:
-    """The fewest of a group that have room for all ends, those that decode first."""
+def smallest_part(
+    needs: Sequence[Need], rooms: Sequence[Room], pace: Pace, topology: Topology
+) -> Sequence[Room]:
+    """The fewest of a group that have room for all ends and are read in time; if no part is, the
+    one from which on more hardly help. Those that decode come first.
+    """
     later = sum(need.later for need in needs)
+    best, quickest = rooms, math.inf
+    for part in _parts(later, rooms, topology):
+        time = pace.step_s(_fullest(needs, part))
+        if time <= _WORTH * quickest:
+            best, quickest = part, time
+        if quickest <= pace.limit_s:
+            break
+    return best
+
+
+def _parts(later: int, rooms: Sequence[Room], topology: Topology) -> Iterator[Sequence[Room]]:
+    """At each degree the best part with so many spare blocks that is a group, if there is one."""
     by_spare = sorted(rooms, key=lambda room: (-room.spare, room.instance))
-    sums = enumerate(accumulate(room.spare for room in by_spare), 1)
-    count = next((count for count, total in sums if total >= later), len(rooms))
-    decoding = sorted(by_spare, key=lambda room: not room.decodes)[:count]
-    return decoding if sum(room.spare for room in decoding) >= later else by_spare[:count]
+    decoding_first = sorted(by_spare, key=lambda room: not room.decodes)
+    by_id = {room.instance: room for room in rooms}
+    members, spare = frozenset(by_id), 0
+    for degree, room in enumerate(by_spare, 1):
+        spare += room.spare
+        if spare < later or degree not in topology.degrees:
+            continue
+        covers = (
+            topology.smallest_cover(frozenset({seed.instance}), members, degree)
+            for seed in decoding_first
+        )
+        around = ([by_id[instance] for instance in cover or ()] for cover in covers)
+        for part in chain([decoding_first[:degree], by_spare[:degree]], around):
+            group = tuple(sorted(each.instance for each in part))
+            enough = sum(each.spare for each in part) >= later
+            if len(part) == degree and enough and topology.contains(group):
+                yield part
+                break
+
+
+def _fullest(needs: Sequence[Need], part: Sequence[Room]) -> int:
+    """Blocks on the fullest instance of a part that these are spread over evenly."""
+    total = sum(room.used for room in part) + sum(need.now for need in needs)
+    return max(-(-total // len(part)), *(room.used for room in part))
+
+
+def balance(free: Mapping[InstanceId, int], blocks: int) -> dict[InstanceId, int]:
+    """Blocks to take from each, so that what remains free is as equal as it can be."""
+    level = max(0, (sum(free.values()) - blocks) // len(free))
+    taken = {instance: max(0, room - level) for instance, room in free.items()}
+    surplus = sum(taken.values()) - blocks
+    for instance in sorted(free, key=lambda instance: (free[instance], -instance)):
+        less = min(taken[instance], surplus)
+        taken[instance] -= less
+        surplus -= less
+    return taken
 
 
 def scale_up(
@@ -103,7 +193,7 @@ def scale_up(
 
     Args:
       rows: Requests in the batch.
-      kv_tokens: Their KV.
+      kv_tokens: Their KV; at any degree, the instances of `degree` hold it.
       degree: The least that holds it.
       degrees: Those that could be had, ascending.
       cost: Predicts decode times.
@@ -111,7 +201,8 @@ def scale_up(
     best, quickest = degree, _decode_time(degree, rows, kv_tokens, cost)
     for larger in degrees:
         if larger > best:
-            time = _decode_time(larger, rows, kv_tokens, cost)
+            as_full = kv_tokens * larger // degree
+            time = _decode_time(larger, rows, as_full, cost)
             if time <= _WORTH * quickest:
                 best, quickest = larger, time
     return best

@@ -146,6 +146,7 @@ def test_topology_is_a_value(kind: type[EverySubset]) -> None:
 
 def test_default_suits_the_platform() -> None:
     assert default_topology("cpu", 6, None) == EverySubset(6, range(1, 7))
+    assert default_topology("gpu", 4, None) == EverySubset(4)
     assert default_topology("gpu", 6, (1, 2)) == Neighbours(6, (1, 2))
     assert default_topology("tpu", 6, None) == AlignedSlices(6, (1, 2, 4))
     with pytest.raises(ConfigError, match="'vpu'; it must be one of cpu, gpu, tpu"):

@@ -39,8 +39,20 @@ def prompt(tokens: int, growth: int = 0) -> Prompt:
     return Prompt(tokens, growth, tokens + growth)
 
 
-def openings(free: int, *occupied: Occupied, wait: float = 0.0) -> Openings:
-    return Openings(free=free, occupied=occupied, wait=wait)
+def openings(free: int, *occupied: Occupied, wait: float = 0.0, blocks: int = 10_000) -> Openings:
+    return Openings(free=free, blocks=blocks if free else 0, occupied=occupied, wait=wait)
+
+
+def begun(
+    line: Sequence[Prompt],
+    behind: float,
+    memory: Pool | None,
+    found: Openings,
+    degrees: Sequence[int],
+    cost: AnalyticCost,
+) -> int:
+    tip = tipping_point(degrees[0], cost)
+    return dispatch(line, behind, memory, found, degrees, cost, tip=tip)
 
 
 # ---- memory --------------------------------------------------------------------------
@@ -105,8 +117,8 @@ def test_compute_allows_a_tipping_point_for_each_instance(
 
 def test_nobody_overtakes_a_request_without_memory() -> None:
     line = [prompt(10), prompt(500), prompt(10)]
-    assert dispatch(line, 0.0, pool(100), openings(4), DEGREES, COST) == 1
-    assert dispatch(line, 0.0, pool(1000), openings(4), DEGREES, COST) == 3
+    assert begun(line, 0.0, pool(100), openings(4), DEGREES, COST) == 1
+    assert begun(line, 0.0, pool(1000), openings(4), DEGREES, COST) == 3
 
 
 @pytest.mark.parametrize(
@@ -121,17 +133,25 @@ def test_nobody_overtakes_a_request_without_memory() -> None:
 def test_decodes_give_way_if_that_gains_more_than_it_costs(
     wait: float, weight: float, migrate: float, count: int
 ) -> None:
-    found = openings(0, Occupied(weight, migrate), wait=wait)
-    assert dispatch([prompt(100)], 0.0, None, found, (1,), COST) == count
+    found = openings(0, Occupied(weight, migrate, 1000), wait=wait)
+    assert begun([prompt(100)], 0.0, None, found, (1,), COST) == count
+
+
+def test_decodes_are_not_paused_for_memory_unless_that_gains_more() -> None:
+    """There is a free instance, but it does not hold the prompt."""
+    dear, cheap = (Occupied(weight, math.inf, 80) for weight in (1e9, 1e-6))
+    for occupied, count in ((dear, 0), (cheap, 1)):
+        found = openings(1, occupied, wait=10.0, blocks=30)
+        assert begun([prompt(100)], 0.0, None, found, DEGREES, COST) == count
 
 
 def test_those_behind_in_line_wait_too() -> None:
     """Alone it would not be worth the pause."""
     delay = COST.prefill(1, [ChunkWork(100, 0)])
-    found = openings(0, Occupied(1.0, math.inf), wait=delay)
-    assert dispatch([prompt(100)], 0.0, None, found, (1,), COST) == 0
-    assert dispatch([prompt(100)], 2.0, None, found, (1,), COST) == 1
+    found = openings(0, Occupied(1.0, math.inf, 1000), wait=delay)
+    assert begun([prompt(100)], 0.0, None, found, (1,), COST) == 0
+    assert begun([prompt(100)], 2.0, None, found, (1,), COST) == 1
 
 
 def test_without_instances_nobody_is_begun() -> None:
-    assert dispatch([prompt(100)], 0.0, None, openings(0), DEGREES, COST) == 0
+    assert begun([prompt(100)], 0.0, None, openings(0), DEGREES, COST) == 0

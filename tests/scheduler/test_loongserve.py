@@ -146,6 +146,32 @@ def test_nobody_overtakes_without_patience_to_lose() -> None:
     assert late == strict
 
 
+@pytest.mark.parametrize(("decode_s", "homes"), [(0.045, 1), (0.03, 2), (0.02, 3)])
+def test_long_kv_is_kept_where_it_decodes_in_time(decode_s: float, homes: int) -> None:
+    """A step takes 18 ms, and 20 ms more for 100,000 tokens on its fullest instance; three
+    of them are not in time either, but four hardly quicker.
+    """
+    (step,) = plan(waiting("a", 95_000), decode_s=decode_s).steps
+    assert isinstance(step, PrefillStep)
+    assert len(step.keep[0].shares) == homes
+
+
+def test_a_prompt_waits_for_as_many_instances_as_it_decodes_on_in_time() -> None:
+    """Two would compute it, were it not for the decode; three are to hold it."""
+    views = [decoding("d", (0, 100)), decoding("e", (1, 100)), waiting("a", 95_000)]
+    kinds = [kind for kind, _, _ in groups(plan(*views, migrates=False).steps)]
+    assert kinds == ["prefill", "decode", "decode"]
+    kinds = [kind for kind, _, _ in groups(plan(*views, migrates=False, decode_s=0.025).steps)]
+    assert kinds == ["decode", "decode"]
+
+
+def test_shorts_do_not_run_together_with_a_long_prompt_on_one_instance() -> None:
+    """Dispatch counts on more instances than the prompt gets."""
+    views = [waiting("s", 100), waiting("l", 60_000, arrival=6.0)]
+    found = plan(*views, busy={1: 9, 2: 9, 3: 9}, prefilled={1: 9, 2: 9, 3: 9})
+    assert groups(found.steps) == [("prefill", (0,), ("s",))]
+
+
 # ---- decodes -------------------------------------------------------------------------
 
 
@@ -185,6 +211,7 @@ def test_last_in_line_gives_way_to_the_first_without_room() -> None:
         ({"typical_answer": 0}, "typical_answer must be at least 1, not 0"),
         ({"patience": -0.5}, "patience must not be negative, got -0.5"),
         ({"patience": float("nan")}, "patience must not be negative, got nan"),
+        ({"decode_s": 0.0}, "decode_s must be positive, got 0.0"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, float], message: str) -> None:

@@ -39,6 +39,7 @@ policies = st.builds(
     migrates=st.booleans(),
     scale_up=st.booleans(),
     patience=st.sampled_from([0.0, 1e9]),
+    decode_s=st.sampled_from([0.045, 0.5, 1e9]),
 )
 
 

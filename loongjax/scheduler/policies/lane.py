@@ -28,9 +28,9 @@ from loongjax.plan import (
     Topology,
 )
 from loongjax.scheduler.dispatch import Prompt, memory_allows
-from loongjax.scheduler.policies.retention import balance, in_order
+from loongjax.scheduler.policies.retention import in_order
 from loongjax.scheduler.policies.worktable import Worktable, line_key
-from loongjax.scheduler.scaling import choose_masters, masters_needed
+from loongjax.scheduler.scaling import balance, choose_masters, masters_needed
 
 _MOST_PROMPTS = 64
 """How many new prompts are looked at for one step."""

@@ -65,21 +65,24 @@ def clear(
     return None if group is None else Clearing(moves=tuple(moves), group=group)
 
 
+def rooms(table: Worktable, answer: int) -> dict[InstanceId, int]:
+    """Blocks that may move to each instance, so that whoever decodes there has room for so many
+    tokens. How many are there is estimated: all requests are taken to hold alike.
+    """
+    used = sum(table.capacity) - sum(table.free)
+    each = table.blocks(answer) * len(table.snapshot.running) / max(1, used)
+    pairs = enumerate(zip(table.free, table.capacity, strict=True))
+    return {i: free - math.ceil(each * (capacity - free)) for i, (free, capacity) in pairs}
+
+
 class _Targets:
     """Instances that take KV: few, idle ones first, then those where most is free."""
 
     def __init__(self, table: Worktable, instances: Set[InstanceId], answer: int) -> None:
-        """Leaves room for what whoever is there is expected to add. How many are there is
-        estimated: all requests are taken to hold alike.
-        """
+        """Leaves room for what whoever is there is expected to add: see `rooms`."""
         self._table = table
         self._answer = table.blocks(answer)
-        used = sum(table.capacity) - sum(table.free)
-        each = self._answer * len(table.snapshot.running) / max(1, used)
-        self._room = {
-            i: table.free[i] - math.ceil(each * (table.capacity[i] - table.free[i]))
-            for i in instances
-        }
+        self._room = {i: blocks for i, blocks in rooms(table, answer).items() if i in instances}
         self._order = sorted(instances, key=lambda i: (i not in table.idle, -self._room[i], i))
         self.used: set[InstanceId] = set()
 

@@ -17,6 +17,7 @@ from loongjax.costmodel.protocol import ChunkWork, CostModel, DecodeWork
 from loongjax.plan import InstanceId, RequestView
 from loongjax.scheduler.allocate import Candidate
 from loongjax.scheduler.dispatch import Occupied, Openings
+from loongjax.scheduler.policies.moving import rooms
 from loongjax.scheduler.policies.worktable import Worktable
 
 _MOST_LATE = 2
@@ -98,17 +99,21 @@ class Outlook:
             waits |= dict.fromkeys(table.everything - table.late - used - self.ready, self.beat)
             if table.late and self._profits_from_more(head, len(waits)):
                 waits |= self._late_waits
-        around = sum(table.free[instance] for instance in table.everything - table.late)
-        return [self._candidate(i, wait, around) for i, wait in sorted(waits.items())]
+        spare = rooms(table, self.answer)
+        around = sum([max(0, spare[i]) for i in spare if i not in table.late])
+        return [
+            self._candidate(i, wait, around - max(0, spare[i])) for i, wait in sorted(waits.items())
+        ]
 
-    def _candidate(self, instance: InstanceId, wait: float, around: int) -> Candidate:
-        """KV of who does not decode cannot be moved away, nor where there are no blocks for
-        it `around`, on all instances where nobody prefills.
+    def _candidate(self, instance: InstanceId, wait: float, elsewhere: int) -> Candidate:
+        """KV of who does not decode cannot be moved away, nor where there is no room for it
+        `elsewhere`, on all other instances where nobody prefills.
         """
         table = self._table
         tenants = table.tenants(instance)
         used = table.capacity[instance] - table.free[instance]
-        moves = used <= min(tenants.blocks, around - table.free[instance])
+        needed = used + table.blocks(self.answer) * tenants.rows
+        moves = used <= tenants.blocks and needed <= elsewhere
         return Candidate(
             instance=instance,
             free=table.spare(instance),
@@ -124,16 +129,21 @@ class Outlook:
         others = table.everything - table.late - {candidate.instance for candidate in candidates}
         return sum(table.free[instance] for instance in others)
 
-    def openings(self, candidates: Sequence[Candidate]) -> Openings:
-        """Those of the candidates that are idle now or in a moment, as `dispatch` counts."""
+    def openings(self, candidates: Sequence[Candidate], most: int) -> Openings:
+        """Those of the candidates that are idle now or in a moment, as `dispatch` counts; each
+        takes at most so many blocks.
+        """
         soon = [candidate for candidate in candidates if candidate.wait <= self.beat]
         occupied = [
-            Occupied(c.paused, math.inf if c.moved is None else self._cost.migrate(c.moved))
+            Occupied(c.paused, math.inf, min(c.free, most))
+            if c.moved is None
+            else Occupied(c.paused, self._cost.migrate(c.moved), min(c.blocks, most))
             for c in soon
             if c.paused
         ]
         return Openings(
             free=len(soon) - len(occupied),
+            blocks=sum([min(c.free, most) for c in soon if not c.paused]),
             occupied=tuple(sorted(occupied)),
             wait=self.answer * self.beat,
         )

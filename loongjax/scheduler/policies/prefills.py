@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import accumulate, islice, takewhile
 
-from loongjax.costmodel.protocol import CostModel
+from loongjax.costmodel.protocol import CostModel, DecodeWork
 from loongjax.plan import (
     Chunk,
     Group,
@@ -26,12 +27,18 @@ from loongjax.plan import (
 )
 from loongjax.scheduler.allocate import Allocation, Candidate, Demand, allocate
 from loongjax.scheduler.batching import Limits, PrefillBatch, few_degrees, split_prefill
-from loongjax.scheduler.dispatch import Prompt, dispatch, memory_allows
+from loongjax.scheduler.dispatch import (
+    Prompt,
+    compute_allows,
+    dispatch,
+    memory_allows,
+    tipping_point,
+)
 from loongjax.scheduler.policies.chunks import next_chunk
 from loongjax.scheduler.policies.moving import Clearing, clear
 from loongjax.scheduler.policies.outlook import Outlook
 from loongjax.scheduler.policies.worktable import Worktable
-from loongjax.scheduler.scaling import Need, Room, scale_down, shares
+from loongjax.scheduler.scaling import Need, Pace, Room, scale_down, shares, tokens_in_time
 
 _ROUNDS = 8
 """How often prompts are dispatched, or overtaken, in one plan. More would matter only when
@@ -49,7 +56,13 @@ class Prefills:
     """
 
     def __init__(
-        self, table: Worktable, cost: CostModel, *, typical_answer: int, migrates: bool
+        self,
+        table: Worktable,
+        cost: CostModel,
+        *,
+        typical_answer: int,
+        migrates: bool,
+        decode_s: float,
     ) -> None:
         """Comes after those decodes that have no room, for they go first."""
         self._table = table
@@ -57,8 +70,10 @@ class Prefills:
         self._migrates = migrates
         self._outlook = Outlook(table, cost, typical_answer)
         self._used: set[InstanceId] = set()
+        self._decode_s = decode_s
         snapshot = table.snapshot
         self._limits = Limits(tokens=snapshot.max_chunk_tokens, chunks=snapshot.max_rows)
+        self._most = max(table.capacity)
         self._degrees = few_degrees(snapshot.topology.degrees)
         self.steps: list[PrefillStep | MigrateStep] = []
 
@@ -85,6 +100,9 @@ class Prefills:
 
     def _seat_whole(self, line: Sequence[RequestView]) -> int:
         """Begins prompts from the first in line on; says how many."""
+        if not self._has_memory(line[0]):
+            return 0
+        self._limit_for(line[0])
         whole = list(takewhile(self._is_whole, line))
         prompts = [self._prompt(view) for view in whole]
         candidates = self._outlook.candidates(line[0], self._used)
@@ -93,6 +111,33 @@ class Prefills:
             fixed = [replace(candidate, moved=None) for candidate in candidates]
             return self._begin(whole, prompts, fixed) or 0
         return moving
+
+    @cached_property
+    def _in_time(self) -> int:
+        """KV tokens of one request on one instance that a decode step reads in time."""
+        most = self._table.snapshot.max_chunk_tokens
+        return tokens_in_time(self._decode_s, most, self._cost)
+
+    @cached_property
+    def _tip(self) -> int:
+        return tipping_point(self._degrees[0], self._cost)
+
+    def _limit_for(self, head: RequestView) -> None:
+        """Groups are to be large enough for KV that is read in time, if any are for `head`."""
+        table, prompt = self._table, self._prompt(head)
+        tokens, self._most = table.snapshot.max_chunk_tokens, max(table.capacity)
+        in_time = self._in_time
+        if prompt.tokens <= in_time * self._degrees[-1] and in_time < tokens:
+            tokens, self._most = in_time, table.blocks(in_time + prompt.growth)
+        self._limits = Limits(tokens=tokens, chunks=table.snapshot.max_rows)
+
+    def _has_memory(self, head: RequestView) -> bool:
+        """The memory test of `dispatch` for the first in line alone: if it fails, all is said."""
+        table, prompt = self._table, self._prompt(head)
+        if prompt.blocks > sum(table.free):
+            return False
+        plenty = table.has_plenty(prompt.blocks)
+        return plenty or memory_allows([prompt], table.pool(table.everything)) == 1
 
     def _prompt(self, view: RequestView) -> Prompt:
         tokens = view.prompt + view.generated
@@ -120,6 +165,10 @@ class Prefills:
         count = self._dispatch(prompts, candidates)
         while count:
             got = self._allocate(prompts[:count], prompts[count:], candidates)
+            busy = count if got is None else self._keep_busy(prompts[:count], got.group)
+            if busy < count:  # fewer instances than `dispatch` reckoned with
+                count = busy
+                continue
             if got is not None and got.migrate:
                 return 0 if self._migrate(got) else None
             if got is not None and self._launch(views[:count], prompts[:count], got):
@@ -141,10 +190,16 @@ class Prefills:
             prompts[: len(ends)],
             _weight(prompts[len(ends) :]),
             None if table.has_plenty(ends[-1]) else table.pool(table.everything),
-            self._outlook.openings(candidates),
+            self._outlook.openings(candidates, self._most),
             self._degrees,
             self._cost,
+            tip=self._tip,
         )
+
+    def _keep_busy(self, prompts: Sequence[Prompt], group: Group) -> int:
+        """How many of these keep a group busy up to its tipping point, at least one."""
+        tokens = [prompt.tokens for prompt in prompts]
+        return max(1, compute_allows(tokens, len(group), self._tip))
 
     def _allocate(
         self,
@@ -224,16 +279,33 @@ class Prefills:
         table = self._table
         needs = [Need(table.blocks(prompt.tokens), prompt.blocks) for prompt in prompts]
         rooms = [
-            Room(instance=i, spare=table.spare(i), decodes=table.tenants(i).paused > 0)
+            Room(
+                instance=i,
+                spare=table.spare(i),
+                used=table.capacity[i] - table.free[i],
+                decodes=table.tenants(i).paused > 0,
+            )
             for i in batch.group
         ]
         chunks, keep = [], []
-        for view, pieces in zip(views, scale_down(needs, rooms), strict=True):
+        for view, pieces in zip(
+            views, scale_down(needs, rooms, self._pace, table.snapshot.topology), strict=True
+        ):
             kept = shares(pieces, view.length, table.snapshot.block_size)
             chunks.append(Chunk(request=view.id, start=0, length=view.length, last=True))
             keep.append(Placement(request=view.id, shares=kept))
             table.place(replace(view, computed=view.length, kv=tuple(sorted(kept))), pieces)
         self._append(batch.group, tuple(chunks), tuple(keep))
+
+    @cached_property
+    def _pace(self) -> Pace:
+        """How quickly KV on one instance is read, if it is of one request: the slowest case."""
+        size, cost = self._table.snapshot.block_size, self._cost
+
+        def step_s(blocks: int) -> float:
+            return cost.decode(1, DecodeWork(1, blocks * size, 1, blocks * size))
+
+        return Pace(limit_s=self._decode_s, step_s=step_s)
 
     def _append(self, group: Group, chunks: tuple[Chunk, ...], keep: tuple[Placement, ...]) -> None:
         self.steps.append(PrefillStep(seq=self._next_seq, group=group, chunks=chunks, keep=keep))

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 from loongjax.plan import Group, InstanceId, RequestView, Share
 from loongjax.scheduler.policies.board import Board
+from loongjax.scheduler.scaling import balance
 
 
 def new_blocks(board: Board, view: RequestView, tokens: int) -> int:
@@ -92,15 +93,3 @@ def _choose(board: Board, view: RequestView, group: Group, blocks: int) -> list[
         found += free[order[count]]
         count += 1
     return order[:count]
-
-
-def balance(free: dict[InstanceId, int], blocks: int) -> dict[InstanceId, int]:
-    """Blocks to take from each, so that what remains free is as equal as it can be."""
-    level = max(0, (sum(free.values()) - blocks) // len(free))
-    taken = {instance: max(0, room - level) for instance, room in free.items()}
-    surplus = sum(taken.values()) - blocks
-    for instance in sorted(free, key=lambda instance: (free[instance], -instance)):
-        less = min(taken[instance], surplus)
-        taken[instance] -= less
-        surplus -= less
-    return taken

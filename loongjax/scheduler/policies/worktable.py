@@ -33,9 +33,11 @@ class Tenants:
       paused: The sum of 1 / output over who decodes there [1/token].
       blocks: Blocks that those hold there.
       growth: Blocks that everyone there is granted beyond what he has.
+      rows: How many decode there.
     """
 
     paused: float = 0.0
+    rows: int = 0
     blocks: int = 0
     growth: int = 0
 
@@ -127,6 +129,7 @@ class Worktable:
             for instance, _ in view.kv:
                 there = found.setdefault(instance, Tenants())
                 there.paused += 1.0 / (view.generated or 1)
+                there.rows += 1
                 there.growth += max(0, grows)
                 there.blocks += self.held_blocks(view, instance)
         for view in self.begun:
@@ -201,6 +204,13 @@ class Worktable:
 
         What a request holds elsewhere does not count, but all that it may add does.
         """
+        return self._whole_pool if len(region) == len(self.free) else self._pool(region)
+
+    @cached_property
+    def _whole_pool(self) -> Pool:
+        return self._pool(self.everything)
+
+    def _pool(self, region: frozenset[InstanceId]) -> Pool:
         views = [*self.census, *self.placed.values()]
         if len(region) < len(self.free):
             views = [view for view in views if not region.isdisjoint(view.homes)]
@@ -263,7 +273,7 @@ class Worktable:
         for instance, blocks in taken:
             self.free[instance] -= blocks
         self.placed[view.id] = view
-        self.__dict__.pop("census", None)
+        self._forget("census", "_whole_pool")
 
     def claim(self, group: Iterable[InstanceId]) -> None:
         """Uses instances in this plan, or keeps them for who needs them next."""
@@ -282,8 +292,12 @@ class Worktable:
         self.near = [other for other in self.near if other is not view]
         for instance, _ in view.kv:
             self.free[instance] += self.held_blocks(view, instance)
-        for cached in ("census", "_near_tenants", "_all_tenants"):
-            self.__dict__.pop(cached, None)
+        self._forget("census", "_whole_pool", "_near_tenants", "_all_tenants")
+
+    def _forget(self, *names: str) -> None:
+        """Makes these anew when they are asked for again."""
+        for name in names:
+            self.__dict__.pop(name, None)
 
 
 _NOBODY = Tenants()
