@@ -25,7 +25,7 @@ from loongjax.plan import (
 from loongjax.sampling.params import SamplingParams
 from tests.engine.on_devices import SLOTS, TOKENS, count_ties, document
 from tests.engine.sabotage import MOMENTS, Moment
-from tests.engine.scripted import Role, perform
+from tests.engine.scripted import Role, Run, perform
 
 pytestmark = [pytest.mark.usefixtures("quiet"), pytest.mark.xdist_group("engines on devices")]
 
@@ -80,9 +80,8 @@ def kind_of(step: Step) -> str:
     return "migrate" if isinstance(step, MigrateStep) else "decode"
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("kind", ["prefill", "extend", "decode", "migrate"])
-def test_only_those_with_kv_there_are_computed_anew(executor, kind: str, moment: Moment):
+def serve_with_a_failure(executor, cast: list[Role], kind: str, moment: Moment) -> Run:
+    """The first step of a kind on instances 0 and 1 fails; all requests end well all the same."""
     failed: list[int] = []
 
     def fails(step: Step) -> Moment | None:
@@ -91,8 +90,6 @@ def test_only_those_with_kv_there_are_computed_anew(executor, kind: str, moment:
         failed.append(step.seq)
         return moment
 
-    params = SamplingParams(temperature=0, max_tokens=6)
-    cast = [Role(prompt=document(i)[: 30 + i], params=params) for i in range(2)]
     run = perform(
         executor(TOKENS),
         Apart(),
@@ -101,8 +98,17 @@ def test_only_those_with_kv_there_are_computed_anew(executor, kind: str, moment:
         vocab_size=TOKENS.model.vocab_size,
         fails=fails,
     )
-    assert [role.end.reason for role in cast] == ["length"] * 2
+    assert [role.end.reason for role in cast] == ["length"] * len(cast)
     assert sum(count_ties(role, TOKENS.model) for role in cast) == 0
+    return run
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("kind", ["prefill", "extend", "decode", "migrate"])
+def test_only_those_with_kv_there_are_computed_anew(executor, kind: str, moment: Moment):
+    params = SamplingParams(temperature=0, max_tokens=6)
+    cast = [Role(prompt=document(i)[: 30 + i], params=params) for i in range(2)]
+    run = serve_with_a_failure(executor, cast, kind, moment)
     assert (run.stats.failed_steps, run.stats.recomputed_requests) == (1, 1)
     (broken,) = (step for step in run.steps if step.error is not None)
     assert ERRORS[moment] in broken.error
@@ -112,24 +118,7 @@ def test_only_those_with_kv_there_are_computed_anew(executor, kind: str, moment:
 
 def test_neighbour_on_one_of_the_lost_instances_is_computed_anew(executor):
     """The third shares instance 1 with the first, whose step fails."""
-    failed: list[int] = []
-
-    def fails(step: Step) -> Moment | None:
-        if failed or kind_of(step) != "decode" or step.group != (0, 1):
-            return None
-        failed.append(step.seq)
-        return "device"
-
     params = SamplingParams(temperature=0, max_tokens=6)
     cast = [Role(prompt=document(i)[: 20 + i], params=params) for i in range(3)]
-    run = perform(
-        executor(TOKENS),
-        Apart(),
-        cast,
-        slots=SLOTS,
-        vocab_size=TOKENS.model.vocab_size,
-        fails=fails,
-    )
-    assert [role.end.reason for role in cast] == ["length"] * 3
-    assert sum(count_ties(role, TOKENS.model) for role in cast) == 0
+    run = serve_with_a_failure(executor, cast, "decode", "device")
     assert run.stats.recomputed_requests == 2
