@@ -156,5 +156,5 @@ def program_table(programs: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _mb(size: float) -> str:
+def _mb(size: int) -> str:
     return f"{size / 1e6:8.1f}"
