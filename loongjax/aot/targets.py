@@ -23,12 +23,17 @@ class Target:
       chip: Its hardware description (`loongjax.costmodel.hardware`).
       compiler: The environment that compiles for it.
       topology: How jax names the arrangement of the chips.
+      chips: How many there are.
+      memory_share: The part of a chip's memory that jax hands out. On GPU it takes 75 % of it
+        when it starts (jax's documentation, "GPU memory allocation").
     """
 
     name: str
     chip: str
     compiler: Compiler
     topology: str
+    chips: int = 8
+    memory_share: float = 1.0
 
     def devices(self) -> list[jax.Device]:
         """The chips as the compiler sees them; only inside that compiler's environment.
@@ -52,8 +57,8 @@ TARGETS = (
     Target(name="v5e:2x4", chip="v5e", compiler="tpu", topology="v5e:2x4"),
     Target(name="v6e:2x4", chip="v6e", compiler="tpu", topology="v6e:2x4"),
     Target(name="v5p:2x2x2", chip="v5p", compiler="tpu", topology="v5p:2x2x2"),
-    Target(name="a100x8", chip="a100", compiler="cuda", topology="1x1x8"),
-    Target(name="h100x8", chip="h100", compiler="cuda", topology="1x1x8"),
+    Target(name="a100x8", chip="a100", compiler="cuda", topology="1x1x8", memory_share=0.75),
+    Target(name="h100x8", chip="h100", compiler="cuda", topology="1x1x8", memory_share=0.75),
 )
 
 

@@ -61,7 +61,9 @@ def examine(options: argparse.Namespace) -> dict[str, Any]:
     devices = [device for row in plan.grid for device in row]
     programs = []
     for spec in catalogue.specs:
-        stored = plan.store.load(program_key(spec, shapes), spec.degree * shapes.tp)
+        stored = plan.store.load(
+            program_key(spec, shapes, plan.grid[0][0]), spec.degree * shapes.tp
+        )
         programs.append(
             {
                 "name": spec.name,

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from loongjax import __version__
-from loongjax.cli import bench, doctor, generate, plan, simulate
+from loongjax.cli import aot, bench, doctor, generate, plan, simulate
 from loongjax.errors import LoongJaxError, UserError
 
 _DESCRIPTION = """\
@@ -39,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"loongjax {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    aot.add_command(commands)
     bench.add_command(commands)
     generate.add_command(commands)
     plan.add_command(commands)

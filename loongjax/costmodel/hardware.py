@@ -46,6 +46,7 @@ class HardwareDescription:
       hbm_bytes: Memory.
       hbm_bytes_per_s: Peak bandwidth of it.
       link_bytes_per_s: Peak of all links of the chip together, in one direction.
+      neighbour_bytes_per_s: Of these, what it can send to one neighbour.
       layer_overhead_s: What a layer takes at least, however little it has to do.
       hop_s: Latency of one exchange with a neighbour.
       attained: What programs reach.
@@ -62,6 +63,7 @@ class HardwareDescription:
     hbm_bytes: float
     hbm_bytes_per_s: float
     link_bytes_per_s: float
+    neighbour_bytes_per_s: float
     layer_overhead_s: float
     hop_s: float
     attained: Attained

@@ -40,7 +40,7 @@ def size_pool(
 
     Raises ConfigError where memory is too small for any pool.
     """
-    key = _size_key(room, nominal, catalogue)
+    key = _size_key(room, nominal, catalogue, meshes.grid[0][0])
     note = store.load_note(key)
     measured = is_measured(meshes.grid[0][0].platform)
     try:
@@ -143,7 +143,9 @@ def _with_programs(room: Room, programs: ProgramMemory | None) -> Room:
     )
 
 
-def _size_key(room: Room, nominal: ProgramShapes, catalogue: Catalogue) -> dict[str, object]:
+def _size_key(
+    room: Room, nominal: ProgramShapes, catalogue: Catalogue, device: jax.Device
+) -> dict[str, object]:
     topology = catalogue.topology
     return {
         "name": "pool",
@@ -152,5 +154,5 @@ def _size_key(room: Room, nominal: ProgramShapes, catalogue: Catalogue) -> dict[
         "max_rows": catalogue.max_rows,
         "wanted": room.wanted,
         **shapes_key(nominal),
-        **platform_key(),
+        **platform_key(device),
     }

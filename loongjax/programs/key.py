@@ -7,7 +7,9 @@ import hashlib
 import os
 import platform
 from functools import cache
+from importlib import metadata
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import flax
 import jax
@@ -26,13 +28,25 @@ _JAX_CONFIG = (
 _SOURCE_FOLDERS = ("esp", "models", "programs", "kvcache", "sampling", "cluster")
 
 
-def program_key(spec: ProgramSpec, shapes: ProgramShapes) -> dict[str, object]:
-    """What a program's compiled form depends on, ready for JSON."""
+@runtime_checkable
+class KnownDevice(Protocol):
+    """What a key says of a device."""
+
+    platform: str
+    device_kind: str
+    client: Any
+
+
+def program_key(spec: ProgramSpec, shapes: ProgramShapes, device: KnownDevice) -> dict[str, object]:
+    """What a program's compiled form depends on, ready for JSON.
+
+    `device` is one that it runs on; it may be one that only the compiler knows.
+    """
     return {
         "name": spec.name,
         "spec": dataclasses.asdict(spec),
         **shapes_key(shapes),
-        **platform_key(),
+        **platform_key(device),
     }
 
 
@@ -50,21 +64,29 @@ def shapes_key(shapes: ProgramShapes) -> dict[str, object]:
     }
 
 
-def platform_key() -> dict[str, object]:
+def platform_key(device: KnownDevice) -> dict[str, object]:
     """What compiles, and what it compiles for."""
-    device = jax.devices()[0]
     return {
         "source": source_digest(),
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,
         "flax": flax.__version__,
         "platform": device.platform,
-        "platform_version": device.client.platform_version,
+        "platform_version": _compiler_version(device),
         "device_kind": device.device_kind,
         "cpu_features": cpu_features_digest() if device.platform == "cpu" else "",
         "flags": {name: os.environ.get(name, "") for name in _FLAGS},
         "jax_config": {name: str(getattr(jax.config, name)) for name in _JAX_CONFIG},
     }
+
+
+def _compiler_version(device: KnownDevice) -> str:
+    """On GPU that of the plugin: its client names the driver, which a compiler alone has not."""
+    if device.platform != "gpu":
+        return str(device.client.platform_version)
+    found = {each.name: each.version for each in metadata.distributions()}
+    plugins = sorted(name for name in found if name.endswith("-pjrt"))
+    return " ".join(f"{name}=={found[name]}" for name in plugins)
 
 
 @cache

@@ -90,7 +90,7 @@ class ProgramLibrary:
         if self._store is None:
             return None
         started = time.monotonic()
-        stored = self._store.load(program_key(spec, self.shapes), devices=mesh.devices.size)
+        stored = self._store.load(self._key(spec, mesh), devices=mesh.devices.size)
         program = None if stored is None else self._bind(spec, stored, mesh)
         if stored is not None and program is not None:
             self._serialized[spec] = stored
@@ -109,10 +109,13 @@ class ProgramLibrary:
         self._serialized[spec] = stored = serialize(program, mesh)
         if self._store:
             try:
-                self._store.save(program_key(spec, self.shapes), stored)
+                self._store.save(self._key(spec, mesh), stored)
             except OSError as error:  # the program runs all the same; the next start compiles
                 _log.warning("could not keep compiled program %s: %s", spec.name, error)
         return program
+
+    def _key(self, spec: ProgramSpec, mesh: Mesh) -> dict[str, object]:
+        return program_key(spec, self.shapes, mesh.devices.flat[0])
 
     def _bind(
         self, spec: ProgramSpec, stored: StoredProgram, mesh: Mesh

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from loongjax.aot.hlo import moves_of, parse, traffic
 from loongjax.cluster.mesh import GroupMeshes, device_grid
 from loongjax.esp.meta import Kind
 from loongjax.kvcache.pool import padded_slots, stored_dtype
@@ -21,7 +22,6 @@ from pallas_kernels.backends import kernels_of
 from pallas_kernels.kv_write import kv_write
 from pallas_kernels.paged_attention import RowTables, paged_attention
 from tests.esp.rig import TINY
-from tests.programs.hlo import moves_of, traffic
 
 SLOTS = 8190  # one pool is larger than everything else in these programs together
 BLOCK_SIZE = 4
@@ -70,7 +70,7 @@ PROGRAMS = [
 @pytest.mark.parametrize(("kind", "degree", "dtype"), PROGRAMS)
 def test_no_program_copies_the_pool(programs, kind, degree, dtype):
     program = programs(kind, degree, dtype)
-    assert moves_of(int(np.prod(LOCAL_POOL)), program.as_text()) == []
+    assert moves_of(int(np.prod(LOCAL_POOL)), parse(program.as_text())) == []
     one_pool = int(np.prod(LOCAL_POOL)) * jnp.dtype(dtype).itemsize
     memory = program.memory_analysis()
     assert memory.alias_size_in_bytes >= 2 * one_pool  # K and V come back where they were
@@ -110,7 +110,7 @@ def test_the_detector_fires(bad, dtype, move, share):
     rows = jnp.ones((2, TINY.kv_heads, TINY.head_dim), dtype)
     pool, slot = jax.ShapeDtypeStruct(LOCAL_POOL, dtype), jnp.arange(2)
     program = jax.jit(bad, donate_argnums=0).lower(pool, rows, slot).compile()
-    found = moves_of(int(np.prod(LOCAL_POOL)) // share, program.as_text())
+    found = moves_of(int(np.prod(LOCAL_POOL)) // share, parse(program.as_text()))
     assert any(move in line for line in found), found
 
 
@@ -136,12 +136,12 @@ def test_retention_sends_nothing(programs, monkeypatch, degree):
     plain = compiled("prefill", degree, "float32").as_text()
     writes = [text.count(" scatter(") for text in (retaining, plain)]
     assert writes == [2 * TINY.layers * degree, 2 * TINY.layers]
-    assert traffic(retaining) == traffic(plain)
+    assert traffic(parse(retaining)) == traffic(parse(plain))
 
 
 @pytest.mark.parametrize("degree", [1, 2, 4])
 def test_prefill_sends_each_stripe_round_the_ring_and_nothing_else(programs, degree):
-    found = traffic(programs("prefill", degree, "float32").as_text())
+    found = traffic(parse(programs("prefill", degree, "float32").as_text()))
     hops = TINY.layers * (degree - 1)
     stripe_bytes = TOKENS * 2 * TINY.kv_heads * TINY.head_dim * 4
     assert found.counts["collective-permute"] == hops
@@ -152,7 +152,7 @@ def test_prefill_sends_each_stripe_round_the_ring_and_nothing_else(programs, deg
 
 @pytest.mark.parametrize("degree", [1, 2, 4])
 def test_decode_sends_new_tokens_and_partials_and_nothing_else(programs, degree):
-    found = traffic(programs("decode", degree, "float32").as_text())
+    found = traffic(parse(programs("decode", degree, "float32").as_text()))
     if degree == 1:
         assert found.counts.total() == 0
         return

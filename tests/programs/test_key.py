@@ -128,10 +128,9 @@ def device(**fields: object) -> SimpleNamespace:
 
 
 def with_device(patch, **fields: object) -> None:
-    fake = SimpleNamespace(
-        devices=lambda: [device(**fields)], __version__=jax.__version__, config=jax.config
-    )
-    patch.setattr(key, "jax", fake)
+    fake = device(**fields)
+    on_fake = lambda spec, shapes, _: key.program_key(spec, shapes, fake)  # noqa: E731
+    patch.setattr(library_module, "program_key", on_fake)
 
 
 CHANGES = {
@@ -152,6 +151,16 @@ CHANGES = {
 def test_what_compiles_and_for_what(folder, monkeypatch, change):
     change(monkeypatch)
     assert is_compiled(folder)
+
+
+def test_on_gpu_the_plugin_counts_and_not_the_driver(monkeypatch):
+    plugin = SimpleNamespace(name="jax-cuda13-pjrt", version="1.2")
+    monkeypatch.setattr(key.metadata, "distributions", lambda: [plugin])
+    found = [
+        key.platform_key(device(platform="gpu", platform_version=driver)) for driver in ("a", "b")
+    ]
+    assert found[0] == found[1]
+    assert found[0]["platform_version"] == "jax-cuda13-pjrt==1.2"
 
 
 def test_a_fake_device_alone_changes_nothing(folder, monkeypatch):

@@ -84,7 +84,7 @@ def test_a_second_library_on_the_same_folder_compiles_nothing(folder):
 
 
 def test_a_stored_program_says_what_memory_it_takes(folder):
-    stored = ProgramStore(folder).load(program_key(PAIR, SHAPES), 2)
+    stored = ProgramStore(folder).load(program_key(PAIR, SHAPES, jax.devices()[0]), 2)
     assert stored.temporary_bytes > 0
     assert stored.code_bytes is not None
 
@@ -128,7 +128,7 @@ def store_with(folder, data: bytes) -> ProgramStore:
     """A store that holds some bytes for `DECODE`, all checks of the file satisfied."""
     store = ProgramStore(folder)
     good = library_module.StoredProgram(data=data, compiled_for=(0,))
-    store.save(program_key(DECODE, SHAPES), good)
+    store.save(program_key(DECODE, SHAPES, jax.devices()[0]), good)
     return store
 
 

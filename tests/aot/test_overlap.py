@@ -1,0 +1,97 @@
+"""When a hop counts as hidden, and what a ring step is by the chip's numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from loongjax.aot.hlo import Hop, hops, parse
+from loongjax.aot.overlap import ATTENTION, fold_flops, overlap, ring_step
+from loongjax.aot.report import step_flops
+from loongjax.aot.request import AotRequest, plan_aot
+from pallas_kernels.backends import kernels_of
+from pallas_kernels.partials import empty_carry
+from tests.aot.test_hlo import KNOWN
+
+PROGRAM = parse(KNOWN.replace("fold", ATTENTION))
+
+
+def plan(target="v5e:2x4", shape="llama3-8b"):
+    return plan_aot(AotRequest(target=target, model_shape=shape, layers=1))
+
+
+def step(target, shape, tokens):
+    found = plan(target, shape)
+    return ring_step(found.programs.shapes, found.hardware, tokens)
+
+
+def test_half_of_the_ring_is_hidden():
+    long = step("v5e:2x4", "llama3-8b", 2048)
+    assert long.is_long
+    assert overlap(PROGRAM, hops(PROGRAM), long) == 0.5
+    assert overlap(PROGRAM, [], long) is None
+
+
+def test_attention_that_is_shorter_than_the_transfer_hides_nothing():
+    short = step("v5e:2x4", "llama3-8b", 512)
+    assert not short.is_long
+    whole = replace(short, bytes=hops(PROGRAM)[0].bytes)
+    assert overlap(PROGRAM, hops(PROGRAM), whole) == 0.0
+
+
+def test_all_kernels_beside_a_hop_count_together():
+    short = step("v5e:2x4", "llama3-8b", 1024)
+    (work,) = hops(PROGRAM)[0].between
+    hop = Hop(bytes=short.bytes, runs=1, between=(work,) * 4)
+    assert overlap(PROGRAM, [hop], short) == 1.0
+    assert overlap(PROGRAM, [replace(hop, between=(work,))], short) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("target", "shape", "least"),
+    [
+        ("v5e:2x4", "llama2-7b", 8192),
+        ("v5e:2x4", "llama3-8b", 2048),
+        ("a100x8", "llama3-8b", 512),
+        ("h100x8", "llama2-7b", 8192),
+    ],
+)
+def test_from_which_stripe_on_attention_hides_the_ring(target, shape, least):
+    long = [t for t in (512, 1024, 2048, 4096, 8192) if step(target, shape, t).is_long]
+    assert long[0] == least
+    assert long == [t for t in (512, 1024, 2048, 4096, 8192) if t >= least]
+
+
+@pytest.mark.parametrize("target", ["v5e:2x4", "h100x8"])
+def test_the_kernel_says_the_work_that_its_grid_has(target):
+    """The cost estimate that the compiler gets, against the tiles counted here."""
+    shapes = plan(target).programs.shapes
+    c, tokens = shapes.config, 1024
+
+    def fold(q, k, first):
+        kernels = kernels_of(shapes.attention_backend)
+        carry = empty_carry((c.heads, tokens), c.head_dim)
+        zero = jnp.int32(0)
+        return kernels.fold_stripe(carry, q, k, k, first, shift=zero, used=zero + tokens, scale=1.0)
+
+    q, k = (
+        jax.ShapeDtypeStruct((heads, tokens, c.head_dim), jnp.bfloat16)
+        for heads in (c.heads, c.kv_heads)
+    )
+    jaxpr = jax.make_jaxpr(fold)(q, k, jax.ShapeDtypeStruct((tokens,), jnp.int32))
+    (call,) = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "pallas_call"]
+    assert call.params["cost_estimate"].flops == fold_flops(shapes, tokens)
+
+
+def test_a_prefill_steps_arithmetic_is_products_and_attention():
+    found = plan(shape="llama2-7b")
+    catalogue, shapes = found.programs.catalogue, found.programs.shapes
+    group = catalogue.topology.groups(8)[0]
+    spec = catalogue.prefill(group, 1024)
+    layer = 4096 * 4096 * 4 + 3 * 4096 * 11008
+    dense = 2 * (layer * 1024 + 32_000 * 4096 * spec.rows)
+    assert step_flops(spec, shapes) == dense + 8 * fold_flops(shapes, 1024)
+    assert step_flops(catalogue.migrate(group), shapes) == 0
