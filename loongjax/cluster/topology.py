@@ -64,8 +64,10 @@ class _Base:
         self, instances: frozenset[InstanceId], allowed: frozenset[InstanceId] | None
     ) -> frozenset[InstanceId] | None:
         """Instances that a cover may use; None if `instances` are not among them."""
-        everything = frozenset(range(self.instances))
-        usable = everything if allowed is None else everything & allowed
+        everything = _everything(self.instances)
+        usable = everything
+        if allowed is not None:
+            usable = allowed if allowed <= everything else everything & allowed
         return usable if instances <= usable else None
 
 
@@ -132,7 +134,7 @@ class Neighbours(_Base):
         if usable is None:
             return None
         ring = self.instances
-        usable_bits, other_bits = _bits(usable), _bits(range(ring)) & ~_bits(instances)
+        usable_bits, other_bits = _bits(usable), _bits(_everything(ring)) & ~_bits(instances)
         for size in self.degrees:
             if size < max(degree, len(instances)):
                 continue
@@ -285,7 +287,13 @@ def _runs(size: int, ring: int) -> tuple[Group, ...]:
     return tuple(_run(start, size, ring) for start in range(starts))
 
 
-def _bits(instances: Iterable[InstanceId]) -> int:
+@lru_cache(maxsize=64)
+def _everything(instances: int) -> frozenset[InstanceId]:
+    return frozenset(range(instances))
+
+
+@lru_cache(maxsize=1024)
+def _bits(instances: frozenset[InstanceId]) -> int:
     return sum(1 << instance for instance in instances)
 
 

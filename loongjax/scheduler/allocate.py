@@ -31,7 +31,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
-from itertools import islice
 from typing import NamedTuple
 
 from loongjax.costmodel.protocol import ChunkWork, CostModel
@@ -39,8 +38,8 @@ from loongjax.plan import Group, InstanceId, Topology
 from loongjax.scheduler.batching import Limits, few_degrees
 from loongjax.scheduler.dispatch import Prompt
 
-_SEEDS = 4
-"""Groups to try where the best instances form none."""
+_SEEDS = 8
+"""Instances to try a group around where the best ones form none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -277,8 +276,9 @@ def _around(
     by_id = {candidate.instance: candidate for candidate in ranking}
     allowed = frozenset(by_id)
     covers = (
-        topology.smallest_cover(frozenset({seed.instance}), allowed, degree) for seed in ranking
+        topology.smallest_cover(frozenset({seed.instance}), allowed, degree)
+        for seed in ranking[:_SEEDS]
     )
-    groups = (group for group in covers if group is not None and len(group) == degree)
-    for group in islice(groups, _SEEDS):
-        yield tuple(by_id[instance] for instance in group)
+    for group in dict.fromkeys(covers):
+        if group is not None and len(group) == degree:
+            yield tuple(by_id[instance] for instance in group)

@@ -3,17 +3,20 @@
 A replay on the virtual clock: many more chats than there is memory for come at once, so that
 the wanted numbers wait and decode; then every plan is timed until there are enough of them. A
 plan's time is that of its snapshot and of `schedule`, as the engine makes them, on a core of
-this machine: what other processes take from it in between is not counted.
+this machine: what other processes take from it in between is not counted. On the virtual clock
+the engine takes no time: were an estimate charged there, steps would end while it passes, and
+how many a plan finds would depend on the estimate.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 import numpy as np
 
+from loongjax.costmodel.sib import HostTime
 from loongjax.engine.state import State
 from loongjax.errors import RequestError
 from loongjax.plan import Plan, Snapshot
@@ -76,7 +79,8 @@ def time_deciding(
             f"{running}, {instances} and {plans}"
         )
     deployment = _deployment(running, instances)
-    jobs = draw_jobs("sharegpt", round(_MORE * waiting) + running, rate=1e9, seed=seed)
+    drawn = draw_jobs("sharegpt", round(_MORE * waiting) + running, rate=1.0, seed=seed)
+    jobs = [replace(job, arrival=0.0) for job in drawn]
     timed = _Timed(
         inner=create_policy(policy, deployment.cost), waiting=waiting, running=running, plans=plans
     )
@@ -99,7 +103,8 @@ def time_deciding(
 def _deployment(running: int, instances: int) -> Deployment:
     """With memory for so many chats."""
     slots = max(4_096, -(-running * _TOKENS // instances))
-    return deploy(f"a800x{_CHIPS * instances}", "llama2-7b", pool_slots=slots)
+    host = HostTime(turn_s=0.0, step_s=0.0, row_s=0.0)
+    return deploy(f"a800x{_CHIPS * instances}", "llama2-7b", pool_slots=slots, host=host)
 
 
 class _EnoughError(Exception):

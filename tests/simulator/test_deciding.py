@@ -9,8 +9,8 @@ from loongjax.simulator.deciding import time_deciding
 
 
 def test_every_plan_that_is_timed_saw_the_requests() -> None:
-    times = time_deciding("first_come", waiting=20, running=8, instances=2, plans=12)
-    assert len(times.seconds) == 12
+    times = time_deciding("first_come", waiting=20, running=8, instances=2, plans=6)
+    assert len(times.seconds) == 6
     assert all(seconds > 0.0 for seconds in times.seconds)
     assert times.waiting >= 16
     assert times.running >= 7

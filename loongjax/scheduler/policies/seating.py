@@ -210,8 +210,6 @@ class Seating:
         """A seat on usable instances, its new block, if it needs one, on one that has any, or
         that is in `roomy`.
         """
-        if roomy is None:
-            roomy = {i for i, blocks in enumerate(self._table.free) if blocks}
         homes = view.homes
         at = self._at
         if any(home not in usable and home not in at for home in homes):
@@ -228,6 +226,8 @@ class Seating:
         if view.tail is not None:
             return Seat(joined=joined, group=group, home=view.tail.instance)
         free = self._table.free
+        if roomy is None:
+            roomy = {i for i, blocks in enumerate(free) if blocks}
         within = most_free(roomy & homes, free) or most_free(roomy & set(group), free)
         if within:
             return Seat(joined=joined, group=group, home=within[0])
