@@ -72,13 +72,13 @@ def to_sampling_params(params: pb.SamplingParams) -> SamplingParams:
     for field, neutral in _NEUTRAL.items():
         value = getattr(params, field)
         if value not in neutral:
-            raise _not_honoured(field, f"{value:g}", f" or {neutral[-1]:g}")
+            raise _not_honoured(field, f"{value:g}", f"{neutral[-1]:g} is the same as unset")
     for field in _REPEATED:
-        if getattr(params, field):
-            raise _not_honoured(field, f"{len(getattr(params, field))} entries", " empty")
+        if entries := getattr(params, field):
+            raise _not_honoured(field, f"{len(entries)} of it", "leave it empty")
     for field in _OPTIONAL:
         if params.HasField(field):
-            raise _not_honoured(field, f"{getattr(params, field)}", " unset")
+            raise _not_honoured(field, f"{getattr(params, field)}", "leave it unset")
     return SamplingParams(
         temperature=params.temperature if params.HasField("temperature") else 1.0,
         n=params.n or 1,
@@ -109,9 +109,7 @@ def _refuse_other_inputs(request: pb.GenerateRequest) -> None:
         )
 
 
-def _not_honoured(field: str, value: str, or_else: str) -> RequestError:
+def _not_honoured(field: str, value: str, way_out: str) -> RequestError:
     return RequestError(
-        f"sampling_params.{field} is not supported yet, and must be unset{or_else}, not {value}"
-        if or_else.startswith(" or")
-        else f"sampling_params.{field} is not supported yet, and must be{or_else}, not {value}"
+        f"sampling_params.{field} is not supported yet, and {value} was asked for; {way_out}"
     )
