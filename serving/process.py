@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -79,7 +79,7 @@ async def _serve(
 
 
 @contextmanager
-def _signals():
+def _signals() -> Iterator[asyncio.Event]:
     """An event that is set when this process is asked to end."""
     asked = asyncio.Event()
     loop = asyncio.get_running_loop()

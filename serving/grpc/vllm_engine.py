@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
-from typing import Never
+from typing import TypeAlias
 from uuid import uuid4
 
 import grpc
@@ -27,6 +27,7 @@ from serving.grpc.vllm_request import to_call
 from serving.service import Answers, Call, Service
 
 SERVER_TYPE = "loongjax"
+Context: TypeAlias = grpc.aio.ServicerContext
 _log = logging.getLogger(__name__)
 
 
@@ -36,7 +37,7 @@ class VllmEngineServicer(pb_grpc.VllmEngineServicer):
     def __init__(self, service: Service) -> None:
         self._service = service
 
-    async def Generate(self, request, context) -> None:
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         async with told(context):
             call = _call(request, context)
             async with self._service.answer(call) as answers:
@@ -45,7 +46,7 @@ class VllmEngineServicer(pb_grpc.VllmEngineServicer):
                 else:
                     await self._complete(answers, context)
 
-    async def _stream(self, answers: Answers, context) -> None:
+    async def _stream(self, answers: Answers, context: Context) -> None:
         said: dict[int, list[int]] = {}
         async for piece in self._service.progress(answers):
             ids = said.setdefault(piece.sample, [])
@@ -61,7 +62,7 @@ class VllmEngineServicer(pb_grpc.VllmEngineServicer):
             if piece.end is not None:
                 await context.write(_complete(answers, piece.sample, ids, piece.end))
 
-    async def _complete(self, answers: Answers, context) -> None:
+    async def _complete(self, answers: Answers, context: Context) -> None:
         said: dict[int, list[int]] = {}
         async for piece in self._service.progress(answers):
             ids = said.setdefault(piece.sample, [])
@@ -69,12 +70,14 @@ class VllmEngineServicer(pb_grpc.VllmEngineServicer):
             if piece.end is not None:
                 await context.write(_complete(answers, piece.sample, ids, piece.end))
 
-    async def Abort(self, request, context):
+    async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
         for name in request.request_ids:
             self._service.abort(name)
         return pb.AbortResponse()
 
-    async def HealthCheck(self, request, context):
+    async def HealthCheck(
+        self, request: pb.HealthCheckRequest, context: Context
+    ) -> pb.HealthCheckResponse:
         service = self._service
         message = "serving"
         if not service.built.engine.alive:
@@ -83,7 +86,9 @@ class VllmEngineServicer(pb_grpc.VllmEngineServicer):
             message = "draining"
         return pb.HealthCheckResponse(healthy=service.is_ready, message=message)
 
-    async def GetModelInfo(self, request, context):
+    async def GetModelInfo(
+        self, request: pb.GetModelInfoRequest, context: Context
+    ) -> pb.GetModelInfoResponse:
         built = self._service.built
         limits = built.engine.limits
         return pb.GetModelInfoResponse(
@@ -100,7 +105,9 @@ class VllmEngineServicer(pb_grpc.VllmEngineServicer):
             bos_token_id=built.model.bos_id,
         )
 
-    async def GetServerInfo(self, request, context):
+    async def GetServerInfo(
+        self, request: pb.GetServerInfoRequest, context: Context
+    ) -> pb.GetServerInfoResponse:
         service = self._service
         return pb.GetServerInfoResponse(
             active_requests=service.open_requests,
@@ -112,7 +119,7 @@ class VllmEngineServicer(pb_grpc.VllmEngineServicer):
             block_size=service.built.engine.limits.block_size,
         )
 
-    async def GetLoads(self, request, context):
+    async def GetLoads(self, request: pb.GetLoadsRequest, context: Context) -> pb.GetLoadsResponse:
         stats = self._service.built.engine.stats()
         used = sum(instance.used for instance in stats.instances)
         slots = sum(instance.slots for instance in stats.instances)
@@ -132,35 +139,39 @@ class VllmEngineServicer(pb_grpc.VllmEngineServicer):
             loads=[load],
         )
 
-    async def FlushCache(self, request, context):
+    async def FlushCache(
+        self, request: common_pb2.FlushCacheRequest, context: Context
+    ) -> common_pb2.FlushCacheResponse:
         return common_pb2.FlushCacheResponse(
             success=True, message="nothing is kept between requests"
         )
 
-    async def Embed(self, request, context):
+    async def Embed(self, request: pb.EmbedRequest, context: Context) -> None:
         await _unsupported(context, "Embed: this server generates, and makes no embeddings")
 
-    async def SubscribeKvEvents(self, request, context):
+    async def SubscribeKvEvents(
+        self, request: common_pb2.SubscribeKvEventsRequest, context: Context
+    ) -> None:
         await _unsupported(context, "SubscribeKvEvents: no KV is kept between requests")
 
-    async def GetTokenizer(self, request, context):
+    async def GetTokenizer(self, request: common_pb2.GetTokenizerRequest, context: Context) -> None:
         await _unsupported(context, "GetTokenizer: give the gateway the model's tokenizer itself")
 
-    async def StartProfile(self, request, context):
+    async def StartProfile(self, request: common_pb2.StartProfileRequest, context: Context) -> None:
         await _unsupported(context, "StartProfile: this server does not record profiles")
 
-    async def StopProfile(self, request, context):
+    async def StopProfile(self, request: common_pb2.StopProfileRequest, context: Context) -> None:
         await _unsupported(context, "StopProfile: this server does not record profiles")
 
 
 @asynccontextmanager
-async def told(context) -> AsyncIterator[None]:
+async def told(context: Context) -> AsyncIterator[None]:
     """Tells the client of an error inside: status, message, and when to try again."""
     try:
         yield
     except LoongJaxError as error:
         status = status_of(error)
-        trailer = ()
+        trailer: tuple[tuple[str, str], ...] = ()
         if status.retry_after_s is not None:
             trailer = (("retry-after", str(status.retry_after_s)),)
         if status.grpc is grpc.StatusCode.INTERNAL:
@@ -168,12 +179,12 @@ async def told(context) -> AsyncIterator[None]:
         await context.abort(status.grpc, status.message, trailer)
 
 
-async def _unsupported(context, message: str) -> Never:
+async def _unsupported(context: Context, message: str) -> None:
     status = status_of(UnsupportedError(message))
     await context.abort(status.grpc, status.message)
 
 
-def _call(request: pb.GenerateRequest, context) -> Call:
+def _call(request: pb.GenerateRequest, context: Context) -> Call:
     metadata = dict(context.invocation_metadata() or ())
     priority = metadata.get("x-priority", "0")
     try:
