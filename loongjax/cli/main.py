@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from loongjax import __version__
-from loongjax.cli import aot, bench, doctor, generate, plan, simulate
+from loongjax.cli import aot, bench, doctor, generate, plan, serve, simulate
 from loongjax.errors import LoongJaxError, UserError
 
 _DESCRIPTION = """\
@@ -25,6 +25,7 @@ _EPILOG = """\
 examples:
   loongjax generate --model demo --chat --prompt "Why is the sky blue?"
   loongjax generate --model demo --instances 4 --prompt-file book.txt --max-tokens 100 --json
+  loongjax serve --model demo --instances 4
   loongjax simulate --hardware a800x8 --workload sharegpt --rate 20
 """
 
@@ -43,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_command(commands)
     generate.add_command(commands)
     plan.add_command(commands)
+    serve.add_command(commands)
     simulate.add_command(commands)
     doctor.add_command(commands)
     return parser

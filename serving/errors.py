@@ -1,0 +1,74 @@
+"""Errors of the service, and the one table that says how any error is told to a client.
+
+    LoongJaxError
+    ├── UnsupportedError     a feature of the protocol that this server does not have
+    ├── BusyError            a limit is reached that will have room again
+    └── DrainingError        the server is about to end
+
+A client always gets the message, which names value, limit and way out. What is not in the table
+is a fault of ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from grpc import StatusCode
+
+from loongjax.errors import EngineClosedError, LoongJaxError, UserError
+
+
+class UnsupportedError(LoongJaxError):
+    """A client asked for a feature that this server does not have."""
+
+
+class DrainingError(LoongJaxError):
+    """The server takes no new requests, since it is about to end."""
+
+
+class BusyError(LoongJaxError):
+    """A limit is reached.
+
+    Attributes:
+      retry_after_s: When it is worth to try again [s].
+    """
+
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Status:
+    """How an error is told.
+
+    Attributes:
+      grpc: The code of a gRPC status.
+      http: The code of an HTTP response.
+      message: The sentence for the client.
+      retry_after_s: When it is worth to try again [s]; None: it is not, or nobody knows.
+    """
+
+    grpc: StatusCode
+    http: int
+    message: str
+    retry_after_s: int | None = None
+
+
+# The first class that fits counts. A request that can never fit (CapacityError) is a UserError:
+# a retry would not help it, so it is not told as exhausted.
+_CODES: tuple[tuple[type[Exception], StatusCode, int], ...] = (
+    (UnsupportedError, StatusCode.UNIMPLEMENTED, 501),
+    (BusyError, StatusCode.RESOURCE_EXHAUSTED, 429),
+    (DrainingError, StatusCode.UNAVAILABLE, 503),
+    (EngineClosedError, StatusCode.UNAVAILABLE, 503),
+    (UserError, StatusCode.INVALID_ARGUMENT, 400),
+    (LoongJaxError, StatusCode.INTERNAL, 500),
+)
+
+
+def status_of(error: LoongJaxError) -> Status:
+    """How an error is told to a client."""
+    code, http = next((code, http) for kind, code, http in _CODES if isinstance(error, kind))
+    retry_after_s = error.retry_after_s if isinstance(error, BusyError) else None
+    return Status(grpc=code, http=http, message=str(error), retry_after_s=retry_after_s)

@@ -1,0 +1,1 @@
+"""gRPC: what messages mean, and the server that speaks them."""

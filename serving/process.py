@@ -1,0 +1,102 @@
+"""A server's life, from a running engine to its exit.
+
+Ready is said once everything answers. The first SIGTERM or SIGINT drains: health turns
+NOT_SERVING, new requests are refused, open ones may end within the grace time. If the engine dies
+first, health turns NOT_SERVING, open requests end with its error, and `serve` raises.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from loongjax.api.build import BuiltEngine
+from loongjax.engine import Engine
+from loongjax.errors import EngineClosedError
+from serving.config import ServeConfig
+from serving.grpc.server import GrpcServer
+from serving.service import Service
+
+_LOOK_S = 0.1
+"""How often the engine is looked at; its open requests know of its death at once."""
+_LAST_WORDS_S = 2.0
+"""What the ends of requests may take to reach their clients."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Addresses:
+    """Where a server listens."""
+
+    grpc: str
+
+
+def serve(
+    built: BuiltEngine,
+    model_name: str,
+    config: ServeConfig,
+    on_ready: Callable[[Addresses], object],
+) -> None:
+    """Serves until a signal ends it; closes the engine.
+
+    Raises:
+      ConfigError: An address cannot be used.
+      EngineClosedError: The engine died.
+    """
+    try:
+        asyncio.run(_serve(built, model_name, config, on_ready))
+    finally:
+        built.engine.close()
+
+
+async def _serve(
+    built: BuiltEngine,
+    model_name: str,
+    config: ServeConfig,
+    on_ready: Callable[[Addresses], object],
+) -> None:
+    service = Service(built=built, model_name=model_name, max_requests=config.max_requests)
+    server = GrpcServer(service, config)
+    with _signals() as asked:
+        await server.start()
+        on_ready(Addresses(grpc=server.address))
+        await _until(asked, built.engine)
+        await server.set_ready(False)
+        if built.engine.alive:
+            _log.info("draining %d open requests", service.open_requests)
+            await service.drain(config.grace_s)
+            built.engine.close()
+        died = not asked.is_set()
+        await server.stop(_LAST_WORDS_S)
+    if died:
+        raise EngineClosedError("the engine died, and the server with it; the log says of what")
+    _log.info("ended")
+
+
+@contextmanager
+def _signals() -> Iterator[asyncio.Event]:
+    """An event that is set when this process is asked to end."""
+    asked = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    kinds = (signal.SIGTERM, signal.SIGINT)
+    for kind in kinds:
+        loop.add_signal_handler(kind, asked.set)
+    try:
+        yield asked
+    finally:
+        for kind in kinds:
+            loop.remove_signal_handler(kind)
+
+
+async def _until(asked: asyncio.Event, engine: Engine) -> None:
+    """Waits until somebody asks for the end, or the engine comes to its own."""
+    while engine.alive and not asked.is_set():
+        try:
+            await asyncio.wait_for(asked.wait(), _LOOK_S)
+        except TimeoutError:
+            continue

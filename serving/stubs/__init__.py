@@ -1,0 +1,1 @@
+"""Made by `scripts/generate_stubs.py` from `protos/`; never edited."""

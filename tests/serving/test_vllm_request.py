@@ -1,0 +1,135 @@
+"""Every field of a `GenerateRequest` is honoured, means nothing, or is refused by name."""
+
+from __future__ import annotations
+
+import pytest
+from smg_grpc_proto import vllm_engine_pb2 as pb
+
+from loongjax.errors import RequestError
+from loongjax.sampling.params import SamplingParams
+from serving.errors import UnsupportedError
+from serving.grpc.vllm_request import to_call, to_sampling_params
+
+HONOURED = {"temperature", "n", "seed", "max_tokens", "stop_token_ids", "ignore_eos"}
+WITHOUT_EFFECT = {
+    "skip_special_tokens": True,
+    "spaces_between_special_tokens": True,
+    "include_stop_str_in_output": True,
+    "grammar_from_first_token": True,
+}
+REFUSED = {
+    "top_p": 0.5,
+    "top_k": 5,
+    "min_p": 0.1,
+    "frequency_penalty": -0.5,
+    "presence_penalty": 1.0,
+    "repetition_penalty": 1.1,
+    "min_tokens": 1,
+    "stop": ["end"],
+    "logprobs": 0,
+    "prompt_logprobs": -1,
+    "logit_bias": {3: 1.5},
+    "truncate_prompt_tokens": 8,
+}
+GRAMMARS = {
+    "json_schema": "{}",
+    "regex": "a+",
+    "grammar": "root ::= 'a'",
+    "structural_tag": "x",
+    "json_object": True,
+    "choice": pb.ChoiceConstraint(choices=["a"]),
+}
+
+
+def test_no_field_is_forgotten():
+    known = HONOURED | set(WITHOUT_EFFECT) | set(REFUSED) | set(GRAMMARS)
+    assert {field.name for field in pb.SamplingParams.DESCRIPTOR.fields} == known
+
+
+def test_unset_means_the_default():
+    assert to_sampling_params(pb.SamplingParams()) == SamplingParams()
+
+
+def test_values_that_change_nothing_mean_unset():
+    neutral = pb.SamplingParams(top_p=1.0, repetition_penalty=1.0, **WITHOUT_EFFECT)
+    assert to_sampling_params(neutral) == SamplingParams()
+
+
+def test_honoured_fields_arrive():
+    fields = {
+        "temperature": 0.0,
+        "n": 3,
+        "seed": 0,
+        "max_tokens": 7,
+        "stop_token_ids": (4, 5),
+        "ignore_eos": True,
+    }
+    assert set(fields) == HONOURED
+    assert to_sampling_params(pb.SamplingParams(**fields)) == SamplingParams(**fields)
+
+
+@pytest.mark.parametrize("field", REFUSED)
+def test_a_field_that_is_not_honoured_is_refused_by_name(field):
+    with pytest.raises(RequestError, match=rf"sampling_params\.{field} is not supported yet"):
+        to_sampling_params(pb.SamplingParams(**{field: REFUSED[field]}))
+
+
+def test_not_a_number_is_refused():
+    with pytest.raises(RequestError, match=r"top_p .* nan was asked for"):
+        to_sampling_params(pb.SamplingParams(top_p=float("nan")))
+
+
+@pytest.mark.parametrize("field", GRAMMARS)
+def test_a_grammar_is_refused_by_name(field):
+    with pytest.raises(UnsupportedError, match=rf"sampling_params\.{field}"):
+        to_sampling_params(pb.SamplingParams(**{field: GRAMMARS[field]}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"temperature": -1.0}, "temperature must be"),
+        ({"max_tokens": 0}, "max_tokens must be at least 1"),
+        ({"seed": -1}, "seed must be"),
+        ({"n": 1000}, "n must be"),
+    ],
+)
+def test_values_out_of_range(fields, message):
+    with pytest.raises(RequestError, match=message):
+        to_sampling_params(pb.SamplingParams(**fields))
+
+
+OTHERS = {
+    "kv_transfer_params": pb.KvTransferParams(remote_port=1),
+    "mm_inputs": pb.MultimodalInputs(),
+    "extra_mm_inputs": [pb.MultimodalInputs()],
+    "kv_transfer_params_json": "{}",
+    "media_refs": pb.MediaRefs(),
+}
+
+
+@pytest.mark.parametrize("field", OTHERS)
+def test_other_inputs_are_refused_by_name(field):
+    with pytest.raises(UnsupportedError, match=field):
+        to_call(pb.GenerateRequest(text="a", **{field: OTHERS[field]}), name="x")
+
+
+def test_no_field_of_the_request_is_forgotten():
+    known = {"request_id", "tokenized", "text", "sampling_params", "stream", "data_parallel_rank"}
+    assert {field.name for field in pb.GenerateRequest.DESCRIPTOR.fields} == known | set(OTHERS)
+
+
+def test_a_rank_of_its_own_is_refused():
+    to_call(pb.GenerateRequest(text="a", data_parallel_rank=0), name="x")
+    with pytest.raises(RequestError, match="data_parallel_rank must be 0 or unset, not 2"):
+        to_call(pb.GenerateRequest(text="a", data_parallel_rank=2), name="x")
+
+
+def test_prompts_and_names():
+    ids = pb.GenerateRequest(request_id="r", tokenized=pb.TokenizedInput(input_ids=[1, 2]))
+    call = to_call(ids, name="other", priority=2, time_left_s=1.5)
+    assert (call.name, call.prompt, call.priority, call.time_left_s) == ("r", (1, 2), 2, 1.5)
+    assert to_call(pb.GenerateRequest(text="hi"), name="other").name == "other"
+    assert to_call(pb.GenerateRequest(text=""), name="other").prompt == ""
+    with pytest.raises(RequestError, match="no input"):
+        to_call(pb.GenerateRequest(), name="other")
