@@ -82,8 +82,6 @@ def test_jax_starts_anew_where_no_array_is_alive(environment, needed, have):
     assert output_of(script, **environment) == f"{max(needed, 8)} cpu\n2"
 
 
-
-
 @STARTED_BEFORE
 def test_arrays_from_before_are_an_error_that_says_what_to_run(environment, needed, have):
     before = "import jax; mine = jax.numpy.ones(3)"
