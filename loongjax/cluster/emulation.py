@@ -58,8 +58,8 @@ def _start_anew(needed: int, wanted: int, pool_is_large: bool, error: RuntimeErr
     if jax.default_backend() != "cpu":
         return
     have, alive = len(jax.devices()), len(jax.live_arrays())
-    if have >= needed and pool_is_large:
-        return
+    if needed > _POOL_THREADS or (have >= needed and pool_is_large):
+        return  # more than 64 are never to be had: whoever takes the devices says so
     if alive:
         raise BackendStartedError(
             f"jax started with {have} CPU device(s) before loongjax could set up {needed} emulated "
