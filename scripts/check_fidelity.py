@@ -50,7 +50,8 @@ def draw(requests: int, rate: float, seed: int) -> list[Job]:
 
 def serve(built: BuiltEngine, jobs: Sequence[Job]) -> list[Outcome]:
     """What becomes of the trace on a real engine, after one request that does not count."""
-    engine, outcomes = built.engine, {}
+    engine = built.engine
+    outcomes: dict[str, Outcome] = {}
     done = threading.Semaphore(0)
     _submit(engine, jobs[0], "warm", lambda event: None)
     for _ in _submit(engine, jobs[-1], "warmer", None):
