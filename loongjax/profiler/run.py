@@ -43,12 +43,12 @@ def profile(model: str, config: EngineConfig, out: Path, on_progress: OnProgress
         here = fingerprint(model, executor.programs.shapes, executor.limits.max_chunk_tokens)
         log = PointLog(out.with_name(out.name + ".part"), here)
         basis = f"measured on {date.today().isoformat()} by loongjax profile"
-        found = _session(executor, resolved.config.vocab_size, config, log, on_progress).run(
-            here, basis
-        )
-        host = _host(executor, resolved.config.vocab_size, config)
-    finally:
+        session = _session(executor, resolved.config.vocab_size, config, log, on_progress)
+        found = session.run(here, basis)
+    except BaseException:
         executor.close()
+        raise
+    host = _host(executor, resolved.config.vocab_size, config)
     found = replace(found, sib=replace(found.sib, host=host))
     found.sib.save(out)
     log.remove()
