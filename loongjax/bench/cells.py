@@ -137,6 +137,8 @@ def measure_in_turn(
     jobs = {cell.what: prompts.draw(cell) for cell in cells}
     limits = _slow_limits(cells)
     for worker in workers:
+        worker.ready()  # all of them: those that load would slow those that warm up
+    for worker in workers:
         for cell, timing in _warm_up(worker, limits, jobs).items():
             timings[worker.name, cell.what] = [timing]
     for cell in cells:
@@ -178,7 +180,6 @@ def _warm_up(
     A job that was slow runs again, which tells slow from cold. Where a prompt was slow twice,
     longer ones are known to be.
     """
-    worker.ready()
     found: dict[Cell, Timing] = {}
     slow_prompts = False
     for cell, limit_s in limits.items():
