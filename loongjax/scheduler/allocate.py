@@ -42,8 +42,7 @@ _SEEDS = 8
 """Instances to try a group around where the best ones form none."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Candidate:
+class Candidate(NamedTuple):
     """An instance that prompts may run on.
 
     Attributes:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import NoReturn
 
 from loongjax.errors import PlanError
@@ -70,8 +71,8 @@ class _Books:
     instances: Mapping[InstanceId, InstanceView] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.waiting = {view.id: view for view in self.snapshot.waiting}
-        self.running = {view.id: view for view in self.snapshot.running}
+        self.waiting = _by_id(self.snapshot.waiting)
+        self.running = _by_id(self.snapshot.running)
         self.instances = {view.id: view for view in self.snapshot.instances}
 
     def get(self, request: RequestId) -> RequestView | None:
@@ -89,6 +90,13 @@ class _Books:
         """Blocks that are free when a request alone drops its KV, by instance."""
         shared = {instance: slots // self.snapshot.block_size for instance, slots in view.shared}
         return Counter(self.held(view)) - Counter(shared)
+
+
+def _by_id(views: tuple[RequestView, ...]) -> dict[RequestId, RequestView]:
+    return dict(zip(map(_ID, views), views, strict=True))
+
+
+_ID = attrgetter("id")
 
 
 def blocks_for(tokens: int, block_size: int) -> int:

@@ -9,7 +9,7 @@ Between two prompts on an instance, everybody who decodes there gets a token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate, islice, takewhile
@@ -72,6 +72,8 @@ class Prefills:
         self._used: set[InstanceId] = set()
         self._decode_s = decode_s
         snapshot = table.snapshot
+        self._headroom, self._block_size = table.headroom, snapshot.block_size
+        self._longest = table.longest_prefill
         self._limits = Limits(tokens=snapshot.max_chunk_tokens, chunks=snapshot.max_rows)
         self._most = max(table.capacity)
         self._degrees = few_degrees(snapshot.topology.degrees)
@@ -83,14 +85,18 @@ class Prefills:
         """
         in_flight = self._table.snapshot.in_flight
         line = (view for view in self._table.line if view.id not in in_flight)
-        some = list(islice(line, _MOST_PROMPTS))
+        views = list(islice(line, _MOST_PROMPTS))
+        whole = [self._whole(view) for view in views]
         for _ in range(_ROUNDS):
-            if not some or not self._outlook.ready:
+            if not views or not self._outlook.ready:
                 return
-            count = self._seat_whole(some) if self._is_whole(some[0]) else self._seat_next(some[0])
-            if not count and now - some[0].arrival >= patience:
+            head, prompts = views[0], list(_until_none(whole))
+            count = self._seat_whole(views, prompts) if prompts else self._seat_next(head)
+            if not count and now - head.arrival >= patience:
                 return
-            some = [*some[count or 1 :], *islice(line, count or 1)]
+            more = list(islice(line, count or 1))
+            views = views[count or 1 :] + more
+            whole = whole[count or 1 :] + [self._whole(view) for view in more]
 
     def anyone_waits(self, now: float, patience: float) -> bool:
         """Whether a prompt that this plan does not begin waits for more than memory; see `seat`."""
@@ -102,26 +108,27 @@ class Prefills:
         head = next(line, None)
         if head is None:
             return False
-        return bool(head.kv) or now - head.arrival < patience or self._has_memory(head)
+        if head.kv or now - head.arrival < patience:
+            return True
+        return self._has_memory(self._prompt(head))
 
-    def _is_whole(self, view: RequestView) -> bool:
-        """Whether one step can compute all of it, over no KV."""
-        return not view.kv and view.length <= self._table.longest_prefill
+    def _whole(self, view: RequestView) -> Prompt | None:
+        """A prompt that one step can compute all of, over no KV; None: another one."""
+        prompt = self._prompt(view)
+        return None if view.kv or prompt.tokens > self._longest else prompt
 
     # ---- whole prompts ---------------------------------------------------------------
 
-    def _seat_whole(self, line: Sequence[RequestView]) -> int:
-        """Begins prompts from the first in line on; says how many."""
-        if not self._has_memory(line[0]):
+    def _seat_whole(self, line: Sequence[RequestView], prompts: Sequence[Prompt]) -> int:
+        """Begins prompts, those of the first in line, from the first on; says how many."""
+        if not self._has_memory(prompts[0]):
             return 0
-        self._limit_for(line[0])
-        whole = list(takewhile(self._is_whole, line))
-        prompts = [self._prompt(view) for view in whole]
+        self._limit_for(prompts[0])
         candidates = self._outlook.candidates(line[0], self._used)
-        moving = self._begin(whole, prompts, candidates) if self._migrates else None
+        moving = self._begin(line, prompts, candidates) if self._migrates else None
         if moving is None:
-            fixed = [replace(candidate, moved=None) for candidate in candidates]
-            return self._begin(whole, prompts, fixed) or 0
+            fixed = [each._replace(moved=None) if each.moved else each for each in candidates]
+            return self._begin(line, prompts, fixed) or 0
         return moving
 
     @cached_property
@@ -134,18 +141,18 @@ class Prefills:
     def _tip(self) -> int:
         return tipping_point(self._degrees[0], self._cost)
 
-    def _limit_for(self, head: RequestView) -> None:
-        """Groups are to be large enough for KV that is read in time, if any are for `head`."""
-        table, prompt = self._table, self._prompt(head)
+    def _limit_for(self, prompt: Prompt) -> None:
+        """Groups are to be large enough for KV that is read in time, if any are for this one."""
+        table = self._table
         tokens, self._most = table.snapshot.max_chunk_tokens, max(table.capacity)
         in_time = self._in_time
         if prompt.tokens <= in_time * self._degrees[-1] and in_time < tokens:
             tokens, self._most = in_time, table.blocks(in_time + prompt.growth)
         self._limits = Limits(tokens=tokens, chunks=table.snapshot.max_rows)
 
-    def _has_memory(self, head: RequestView) -> bool:
+    def _has_memory(self, prompt: Prompt) -> bool:
         """The memory test of `dispatch` for the first in line alone: if it fails, all is said."""
-        table, prompt = self._table, self._prompt(head)
+        table = self._table
         if prompt.blocks > sum(table.free):
             return False
         plenty = table.has_plenty(prompt.blocks)
@@ -154,10 +161,9 @@ class Prefills:
     def _prompt(self, view: RequestView) -> Prompt:
         tokens = view.prompt + view.generated
         growth = view.max_tokens - view.generated - 1
-        headroom = self._table.headroom
-        if headroom is not None and growth > headroom:
-            growth = headroom
-        return Prompt(tokens, growth, self._table.blocks(tokens + growth))
+        if self._headroom is not None and growth > self._headroom:
+            growth = self._headroom
+        return Prompt(tokens, growth, -(-(tokens + growth) // self._block_size))
 
     def _begin(
         self,
@@ -306,7 +312,8 @@ class Prefills:
             kept = shares(pieces, view.length, table.snapshot.block_size)
             chunks.append(Chunk(request=view.id, start=0, length=view.length, last=True))
             keep.append(Placement(request=view.id, shares=kept))
-            table.place(replace(view, computed=view.length, kv=tuple(sorted(kept))), pieces)
+            placed = replace(view, computed=view.length, kv=tuple(sorted(kept)))
+            table.place(placed, pieces, new=True)
         self._append(batch.group, tuple(chunks), tuple(keep))
 
     @cached_property
@@ -344,6 +351,13 @@ class Prefills:
         )
         self._append(found.group, (found.chunk,), (found.placement,))
         return 1
+
+
+def _until_none(whole: Iterable[Prompt | None]) -> Iterator[Prompt]:
+    for prompt in whole:
+        if prompt is None:
+            return
+        yield prompt
 
 
 def _weight(prompts: Sequence[Prompt]) -> float:
