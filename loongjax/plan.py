@@ -74,7 +74,7 @@ def _quick(frozen: type[T]) -> type[T]:
         for each in fields(frozen)  # type: ignore[arg-type]
     ]
     plain = make_dataclass("_Plain", names, kw_only=True)
-    frozen.__init__ = plain.__init__  # type: ignore[misc]
+    frozen.__init__ = plain.__init__  # type: ignore[method-assign,misc]
     del frozen.__setattr__, frozen.__delattr__
     return frozen
 
@@ -339,7 +339,7 @@ class StepResult:
 def step_requests(step: Step) -> tuple[RequestId, ...]:
     """The requests that a step works on, in its order."""
     if isinstance(step, PrefillStep):
-        return tuple(chunk.request for chunk in step.chunks)
+        return tuple([chunk.request for chunk in step.chunks])
     if isinstance(step, MigrateStep):
-        return tuple(dict.fromkeys(move.request for move in step.moves))
-    return tuple(row.request for row in step.rows)
+        return tuple(dict.fromkeys([move.request for move in step.moves]))
+    return tuple([row[0] for row in step.rows])

@@ -141,9 +141,11 @@ class Neighbours(_Base):
         return None if best is None else _run(best[1], best[0], ring)
 
     def _anywhere(self, usable: int, degree: int) -> Group | None:
-        """The first run of at least `degree`: a larger one would have one of the least size in it."""
+        """The first run of at least `degree`: a larger one would have one of that size in it."""
         size = next((size for size in self.degrees if size >= degree), None)
-        starts = 0 if size is None else _arc_starts(usable, size, self.instances)
+        if size is None:
+            return None
+        starts = _arc_starts(usable, size, self.instances)
         return _run((starts & -starts).bit_length() - 1, size, self.instances) if starts else None
 
     def _beyond_gap(

@@ -47,16 +47,17 @@ def clear(
     known = table.near if sources <= table.idle else table.census
     there = [view for view in known if not sources.isdisjoint(view.homes)]
     moves: list[Move] = []
-    group: Group | None = ()
+    group: Group = ()
     for view in sorted(there, key=lambda view: (-view.computed, view.id)):
         blocks = sum(table.held_blocks(view, source) for source in view.homes & sources)
         target = targets.take(view, view.homes - sources, blocks)
         if target is None:
             return None
         if target not in group:
-            group = topology.smallest_cover(frozenset(sources | targets.used), usable)
-            if group is None:  # nor for more of them
+            cover = topology.smallest_cover(frozenset(sources | targets.used), usable)
+            if cover is None:  # nor for more of them
                 return None
+            group = cover
         moves += [
             Move(view.id, share.instance, target, share.tokens)
             for share in view.kv
