@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate, islice, takewhile
 
-from loongjax.costmodel.protocol import CostModel, DecodeWork
+from loongjax.costmodel.protocol import ChunkWork, CostModel, DecodeWork
 from loongjax.plan import (
     Chunk,
     Group,
@@ -63,6 +63,8 @@ class Prefills:
         typical_answer: int,
         migrates: bool,
         decode_s: float,
+        patience: float,
+        block_s: float,
     ) -> None:
         """Comes after those decodes that have no room, for they go first."""
         self._table = table
@@ -71,6 +73,8 @@ class Prefills:
         self._outlook = Outlook(table, cost, typical_answer)
         self._used: set[InstanceId] = set()
         self._decode_s = decode_s
+        self._patience, self._block_s = patience, block_s
+        self._most_instances: int | None = None
         snapshot = table.snapshot
         self._headroom, self._block_size = table.headroom, snapshot.block_size
         self._longest = table.longest_prefill
@@ -79,10 +83,8 @@ class Prefills:
         self._degrees = few_degrees(snapshot.topology.degrees)
         self.steps: list[PrefillStep | MigrateStep] = []
 
-    def seat(self, now: float, patience: float) -> None:
-        """Begins prompts in line until one has to wait that has lost its patience: it came
-        at least that long ago [s].
-        """
+    def seat(self, now: float) -> None:
+        """Begins prompts in line until one has to wait that has lost its patience."""
         in_flight = self._table.snapshot.in_flight
         line = (view for view in self._table.line if view.id not in in_flight)
         views = list(islice(line, _MOST_PROMPTS))
@@ -91,15 +93,21 @@ class Prefills:
             if not views or not self._outlook.ready:
                 return
             head, prompts = views[0], list(_until_none(whole))
-            count = self._seat_whole(views, prompts) if prompts else self._seat_next(head)
-            if not count and now - head.arrival >= patience:
+            patient = self._is_patient(head, now)
+            if not prompts:
+                count = self._seat_next(head)
+            elif patient and self._would_block(head):
+                count = self._seat_beside(head, prompts)
+            else:
+                count = self._seat_whole(views, prompts)
+            if not count and not patient:
                 return
             more = list(islice(line, count or 1))
             views = views[count or 1 :] + more
             whole = whole[count or 1 :] + [self._whole(view) for view in more]
 
-    def anyone_waits(self, now: float, patience: float) -> bool:
-        """Whether a prompt that this plan does not begin waits for more than memory; see `seat`."""
+    def anyone_waits(self, now: float) -> bool:
+        """Whether a prompt that this plan does not begin waits for more than memory."""
         table = self._table
         if table.preempted:
             return True
@@ -108,7 +116,7 @@ class Prefills:
         head = next(line, None)
         if head is None:
             return False
-        if head.kv or now - head.arrival < patience:
+        if head.kv or self._is_patient(head, now):
             return True
         return self._has_memory(self._prompt(head))
 
@@ -116,6 +124,38 @@ class Prefills:
         """A prompt that one step can compute all of, over no KV; None: another one."""
         prompt = self._prompt(view)
         return None if view.kv or prompt.tokens > self._longest else prompt
+
+    # ---- who lets others go first ----------------------------------------------------
+
+    def _is_patient(self, view: RequestView, now: float) -> bool:
+        """Whether others may overtake it still."""
+        if not self._patience:
+            return False
+        return now - view.arrival < self._patience * self._alone_s(view)
+
+    def _would_block(self, view: RequestView) -> bool:
+        """Whether it would keep all instances from others for long."""
+        return self._alone_s(view) > self._block_s
+
+    def _alone_s(self, view: RequestView) -> float:
+        work = [ChunkWork(max(1, view.uncomputed), view.computed)]
+        return self._cost.prefill(self._degrees[-1], work)
+
+    def _seat_beside(self, head: RequestView, prompts: Sequence[Prompt]) -> int:
+        """Begins a prompt that takes long, alone, on instances that leave one to others, unless it
+        needs all; says whether it did.
+        """
+        self._limit_for(prompts[0])
+        everything = self._table.everything
+        needed = -(-prompts[0].tokens // self._limits.tokens)
+        if needed < len(everything):
+            soon = [i for i, wait in self._outlook.late_waits.items() if wait <= self._block_s]
+            others = (everything - self._table.late - self._used).union(soon)
+            self._most_instances = len(others) - 1
+        try:
+            return self._seat_whole([head], prompts[:1]) if self._most_instances != 0 else 0
+        finally:
+            self._most_instances = None
 
     # ---- whole prompts ---------------------------------------------------------------
 
@@ -230,6 +270,7 @@ class Prefills:
             prompts=prompts,
             behind=_weight(behind),
             elsewhere=self._outlook.elsewhere(candidates),
+            most=self._most_instances,
         )
         topology = self._table.snapshot.topology
         while candidates:
