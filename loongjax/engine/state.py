@@ -90,17 +90,18 @@ class State:
 
     def launch(self, step: Step, time: float) -> SlotPlan:
         """Books a step that is about to be submitted; gives the slots it writes."""
-        slots = self._allocator.apply(step)
-        for name in step_requests(step):
+        slots, names = self._allocator.apply(step), step_requests(step)
+        moves = isinstance(step, MigrateStep)
+        self._views.stale.update(names)
+        self._in_flight.update(names)
+        for name in names:
             request = self.open[name]
-            if isinstance(step, MigrateStep):
+            if moves:
                 self._tell_relatives(name)
-            request.in_flight = step.seq
-            if not isinstance(step, MigrateStep):
+            else:
                 request.last_seq = step.seq
+            request.in_flight = step.seq
             request.changed()
-            self._views.stale.add(name)
-            self._in_flight.add(name)
             if request.first_scheduled is None:
                 request.first_scheduled = time
         if isinstance(step, PrefillStep):
