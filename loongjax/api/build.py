@@ -55,6 +55,7 @@ class BuiltEngine:
     engine: Engine
     model: ModelConfig
     tokenizer: Tokenizer | None
+    config: EngineConfig
 
 
 def build_engine(model: str, config: EngineConfig, policy: Policy | None = None) -> BuiltEngine:
@@ -96,7 +97,12 @@ def build_engine(model: str, config: EngineConfig, policy: Policy | None = None)
     except BaseException:
         executor.close()
         raise
-    return BuiltEngine(engine=engine, model=resolved.config, tokenizer=tokenizer)
+    return BuiltEngine(
+        engine=engine,
+        model=resolved.config,
+        tokenizer=tokenizer,
+        config=config,
+    )
 
 
 def plan_engine(model: str, config: EngineConfig) -> tuple[ModelConfig, ExecutorPlan]:

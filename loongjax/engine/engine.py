@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from types import TracebackType
 
 from loongjax.engine.admission import Admission
-from loongjax.engine.front import Front
+from loongjax.engine.front import ChangePolicy, Drain, Front
 from loongjax.engine.handle import OnEvent, OnSampleEvent, RequestHandle
 from loongjax.engine.history import History
 from loongjax.engine.loop import Loop
@@ -28,11 +28,11 @@ from loongjax.engine.messages import (
     StepRecord,
 )
 from loongjax.engine.state import State
-from loongjax.errors import StepError
+from loongjax.errors import ConfigError, StepError
 from loongjax.executor.host_time import HostTime
 from loongjax.executor.protocol import Executor
 from loongjax.kvcache import BlockAllocator
-from loongjax.plan import RequestId, Topology
+from loongjax.plan import InstanceId, RequestId, Snapshot, Topology
 from loongjax.scheduler.policy import Policy
 
 
@@ -85,6 +85,8 @@ class Engine:
         self._front = Front(admission=self.limits, now=executor.now, wake=executor.wake)
         self._state = State(allocator=allocator, topology=topology, limits=limits)
         self._history = History()
+        self._steering = threading.Lock()
+        self._drained: frozenset[InstanceId] = frozenset()
         self._loop = Loop(
             executor=executor,
             policy=policy,
@@ -145,6 +147,52 @@ class Engine:
         """
         self._front.abort(request_id)
 
+    def drain(self, instance: InstanceId) -> None:
+        """Lets an instance run empty: no further block of its pool is taken.
+
+        Requests with KV there go on: they grow elsewhere, or are computed anew where the policy
+        finds no room for that. Nothing happens if it is draining.
+
+        Raises:
+          ConfigError: There is no such instance, or no other would be left.
+          EngineClosedError: The engine was closed, or died.
+        """
+        self._check_instance(instance)
+        with self._steering:
+            draining = self._drained | {instance}
+            if len(draining) == self._allocator.instances:
+                raise ConfigError(
+                    f"instance {instance} is the last of {self._allocator.instances} that takes "
+                    "KV; resume another one first"
+                )
+            self._front.steer(Drain(instance=instance, draining=True))
+            self._drained = draining
+
+    def resume(self, instance: InstanceId) -> None:
+        """Takes KV on a drained instance again; nothing happens if it does so already.
+
+        Raises:
+          ConfigError: There is no such instance.
+          EngineClosedError: The engine was closed, or died.
+        """
+        self._check_instance(instance)
+        with self._steering:
+            self._front.steer(Drain(instance=instance, draining=False))
+            self._drained = self._drained - {instance}
+
+    def set_policy(self, policy: Policy) -> None:
+        """Plans by another policy from the next plan on; what runs is not disturbed.
+
+        Raises:
+          EngineClosedError: The engine was closed, or died.
+        """
+        self._front.steer(ChangePolicy(policy=policy))
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """What the policy last saw, or a little newer."""
+        return self._state.published
+
     def stats(self) -> EngineStats:
         """The engine as it was a moment ago, and its counters."""
         return self._history.stats(
@@ -152,11 +200,18 @@ class Engine:
             self.executor.program_counts,
             self.host_time.times(),
             alive=self.alive,
+            draining=self._state.draining,
         )
 
     def steps(self) -> tuple[StepRecord, ...]:
         """The latest steps, in the order in which they ended (up to 100,000 are kept)."""
         return self._history.steps()
+
+    def steps_since(self, seen: int) -> tuple[tuple[StepRecord, ...], int]:
+        """Records of the steps that ended after the first `seen`, as far as they are kept, and
+        how many have ended: the `seen` of the next call.
+        """
+        return self._history.steps_since(seen)
 
     def steps_of(self, request_id: RequestId) -> tuple[StepRecord, ...]:
         """The latest steps that worked on a request, even after it ended."""
@@ -194,6 +249,12 @@ class Engine:
         error, self._loop.close_error = self._loop.close_error, None
         if error is not None:
             raise StepError(f"the executor could not be closed: {error}") from error
+
+    def _check_instance(self, instance: InstanceId) -> None:
+        if not 0 <= instance < self._allocator.instances:
+            raise ConfigError(
+                f"there is no instance {instance}; they are 0 to {self._allocator.instances - 1}"
+            )
 
     def __enter__(self) -> Engine:
         return self

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections import Counter, deque
 from collections.abc import Iterable
+from itertools import islice
 from typing import NamedTuple
 
 from loongjax.engine.messages import (
@@ -86,6 +87,7 @@ class History:
         self._used: dict[InstanceId, int] = {}
         self._steps: Counter[tuple[StepKind, int]] = Counter()
         self._finished: Counter[FinishReason] = Counter()
+        self._ended_count = 0
         self._prompt_tokens = 0
         self._generated_tokens = 0
         self._preemptions = 0
@@ -104,6 +106,7 @@ class History:
                 if isinstance(step, PrefillStep):
                     self._prompt_tokens += sum(chunk.length for chunk in step.chunks)
             self._ended_steps.append(ended)
+            self._ended_count += 1
             self._mentions += ended.mentions
             for name in names:
                 mentions = self._by_request.get(name)
@@ -151,6 +154,17 @@ class History:
             ended = tuple(self._ended_steps)
         return tuple([make_record(step, result) for step, result, _ in ended])
 
+    def steps_since(self, seen: int) -> tuple[tuple[StepRecord, ...], int]:
+        """Kept records of the steps that ended after the first `seen`, and how many ended so far.
+
+        O(new records).
+        """
+        with self._lock:
+            new = min(max(self._ended_count - seen, 0), len(self._ended_steps))
+            ended = tuple(islice(reversed(self._ended_steps), new))
+            count = self._ended_count
+        return tuple([make_record(step, result) for step, result, _ in reversed(ended)]), count
+
     def steps_of(self, request: RequestId) -> tuple[StepRecord, ...]:
         """The kept records of steps that worked on a request; empty if there are none."""
         with self._lock:
@@ -184,6 +198,7 @@ class History:
         host: tuple[PhaseTime, ...],
         *,
         alive: bool,
+        draining: frozenset[InstanceId] = frozenset(),
     ) -> EngineStats:
         """The counters, together with what `snapshot` and the executor show."""
         with self._lock:
@@ -195,8 +210,9 @@ class History:
                     InstanceStats(
                         id=view.id,
                         slots=view.slots,
-                        used=view.slots - view.free_slots,
+                        used=view.slots - view.free_slots - view.withheld,
                         busy=view.busy_seq is not None,
+                        draining=view.id in draining,
                     )
                     for view in snapshot.instances
                 ),

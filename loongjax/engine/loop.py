@@ -19,7 +19,7 @@ import logging
 import os
 
 from loongjax.engine.forks import Forks, make_stem
-from loongjax.engine.front import Abort, Door, Samples, Submission
+from loongjax.engine.front import Abort, ChangePolicy, Door, Drain, Samples, Submission
 from loongjax.engine.handle import RequestHandle
 from loongjax.engine.history import History
 from loongjax.engine.messages import (
@@ -123,6 +123,10 @@ class Loop:
                 self._state.add(new[-1])
             elif isinstance(item, Samples):
                 new += self._add_samples(item)
+            elif isinstance(item, Drain):
+                self._state.drain(item.instance, item.draining)
+            elif isinstance(item, ChangePolicy):
+                self._policy = item.policy
         for request in new:
             self._admit(request.submission.request)
         for item in taken:
@@ -242,14 +246,16 @@ class Loop:
         """Ends the oldest request: an idle engine that plans nothing would hang for ever."""
         view = (snapshot.waiting or snapshot.running)[0]
         free = sum(instance.free_slots for instance in snapshot.instances)
+        draining = len(self._state.draining)
         self._end(
             self._state.open[view.id],
             "error",
             error=(
                 f"policy {type(self._policy).__name__} plans no step although nothing is in "
                 f"flight: {len(snapshot.waiting)} requests wait, {len(snapshot.running)} run, "
-                f"{free} slots are free. This one is the oldest; it needs up to {view.peak} KV "
-                "slots. Give the pool more slots, or use another policy"
+                f"{free} slots are free, {draining} instances are draining. This one is the "
+                f"oldest; it needs up to {view.peak} KV slots. Give the pool more slots, or use "
+                "another policy"
             ),
             time=self._executor.now(),
         )

@@ -7,13 +7,21 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
+from smg_grpc_proto import vllm_engine_pb2 as pb
+from smg_grpc_proto import vllm_engine_pb2_grpc as pb_grpc
+
+PATIENCE_S = 60.0
 EXIT_S = 120.0
-MODEL = ("--model", "random:tiny", "--max-model-len", "256", "--pool-slots", "256")
+SERVE = ("-m", "loongjax.cli.main", "serve")
+ENGINE = ("--instances", "2", "--max-model-len", "256", "--pool-slots", "256")
+NAME = "tiny"
 
 
 @dataclass
@@ -33,6 +41,24 @@ class Server:
         """Its address."""
         return self.report["grpc"]
 
+    @property
+    def http(self) -> str:
+        """Its URL."""
+        return self.report["http"]
+
+    def wait_until_idle(self) -> None:
+        """Until no request is open, and no slot of the pool in use."""
+        end = time.monotonic() + PATIENCE_S
+        with grpc.insecure_channel(self.grpc) as channel:
+            stub = pb_grpc.VllmEngineStub(channel)
+            while time.monotonic() < end:
+                (load,) = stub.GetLoads(pb.GetLoadsRequest(), timeout=PATIENCE_S).loads
+                info = stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=PATIENCE_S)
+                if load.num_used_tokens == load.num_total_reqs == info.active_requests == 0:
+                    return
+                time.sleep(0.05)
+        raise AssertionError(f"still busy: {load}, {info.active_requests} requests")
+
     def terminate(self) -> int:
         """Sends SIGTERM and gives the exit code."""
         self.process.send_signal(signal.SIGTERM)
@@ -40,11 +66,12 @@ class Server:
 
 
 @contextmanager
-def server(cache: Path, *arguments: str) -> Iterator[Server]:
+def server(model: Path, cache: Path, *arguments: str) -> Iterator[Server]:
     """Starts one, with compiled programs in `cache`, and kills it at the end if it still runs."""
-    command = [sys.executable, "-m", "loongjax.cli.main", "serve", *MODEL, "--port", "0", "--json"]
+    command = [*SERVE, "--model", str(model), "--served-model-name", NAME, *ENGINE, "--json"]
+    command += ["--port", "0", "--http-port", "0"]
     process = subprocess.Popen(
-        [*command, *arguments],
+        [sys.executable, *command, *arguments],
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"XDG_CACHE_HOME": str(cache)},

@@ -1,0 +1,117 @@
+"""The service `loongjax.v1.Cluster`: the elastic instances, to watch and to steer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from contextlib import aclosing
+
+from loongjax.engine import StepRecord
+from loongjax.errors import RequestError
+from loongjax.plan import Snapshot
+from serving.grpc.guarding import Context
+from serving.steering import Steering
+from serving.steps import StepFeed
+from serving.stubs import cluster_pb2 as pb
+from serving.stubs import cluster_pb2_grpc as pb_grpc
+
+_LEAST_INTERVAL_S = 0.1
+_KINDS = {
+    "prefill": pb.STEP_KIND_PREFILL,
+    "decode": pb.STEP_KIND_DECODE,
+    "migrate": pb.STEP_KIND_MIGRATE,
+}
+
+
+class ClusterServicer(pb_grpc.ClusterServicer):
+    """See the module, and `protos/loongjax/v1/cluster.proto`."""
+
+    def __init__(self, steering: Steering, feed: StepFeed) -> None:
+        self._steering = steering
+        self._engine = steering.engine
+        self._feed = feed
+
+    async def Watch(self, request: pb.WatchRequest, context: Context) -> None:
+        interval_s = request.interval_s or 1.0
+        if not _LEAST_INTERVAL_S <= interval_s < float("inf"):
+            raise RequestError(
+                f"interval_s must be a time of at least {_LEAST_INTERVAL_S} s, not {interval_s}"
+            )
+        while True:
+            await context.write(self._state())
+            await asyncio.sleep(interval_s)
+
+    async def WatchSteps(self, request: pb.WatchStepsRequest, context: Context) -> None:
+        await context.send_initial_metadata(())  # so that the client knows when "from now on" is
+        async with aclosing(self._feed.follow()) as steps:
+            async for record in steps:
+                await context.write(_step(record))
+
+    async def DrainInstance(
+        self, request: pb.DrainInstanceRequest, context: Context
+    ) -> pb.DrainInstanceResponse:
+        self._engine.drain(request.instance)
+        return pb.DrainInstanceResponse()
+
+    async def ResumeInstance(
+        self, request: pb.ResumeInstanceRequest, context: Context
+    ) -> pb.ResumeInstanceResponse:
+        self._engine.resume(request.instance)
+        return pb.ResumeInstanceResponse()
+
+    async def SetPolicy(
+        self, request: pb.SetPolicyRequest, context: Context
+    ) -> pb.SetPolicyResponse:
+        return pb.SetPolicyResponse(previous=self._steering.set_policy(request.policy))
+
+    async def GetCostModel(
+        self, request: pb.GetCostModelRequest, context: Context
+    ) -> pb.GetCostModelResponse:
+        return pb.GetCostModelResponse(json=self._steering.cost_model_json())
+
+    def _state(self) -> pb.ClusterState:
+        stats, snapshot = self._engine.stats(), self._engine.snapshot
+        return pb.ClusterState(
+            time=self._engine.now(),
+            instances=[
+                pb.Instance(id=each.id, slots=each.slots, used=each.used, is_draining=each.draining)
+                for each in stats.instances
+            ],
+            groups=_groups(snapshot),
+            waiting=stats.waiting,
+            running=stats.running,
+            policy=self._steering.policy,
+        )
+
+
+def _groups(snapshot: Snapshot) -> list[pb.Group]:
+    """Who works together now: instances that wait for the same step, and those with KV there."""
+    busy: dict[int, list[int]] = defaultdict(list)
+    for instance in snapshot.instances:
+        if instance.busy_seq is not None:
+            busy[instance.busy_seq].append(instance.id)
+    views = [
+        view for view in (*snapshot.running, *snapshot.waiting) if view.id in snapshot.in_flight
+    ]
+    return [
+        pb.Group(
+            instances=group,
+            requests=[view.id for view in views if not view.homes.isdisjoint(group)],
+        )
+        for group in busy.values()
+    ]
+
+
+def _step(record: StepRecord) -> pb.Step:
+    return pb.Step(
+        seq=record.seq,
+        kind=_KINDS[record.kind],
+        group=record.group,
+        requests=record.requests,
+        tokens=record.tokens,
+        kept=[pb.KeptTokens(instance=share.instance, tokens=share.tokens) for share in record.kept],
+        masters=record.masters,
+        started=record.started,
+        ended=record.ended,
+        error=record.error or "",
+    )
