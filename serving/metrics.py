@@ -6,6 +6,7 @@ when it ends; what steps did, as they end. Each server has a `Metrics` with a re
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
@@ -150,6 +151,7 @@ class _EngineCollector(Collector):
                 service.gate.waiting_tokens,
             ),
             ("loongjax:engine_alive", "1 while the engine runs.", int(stats.alive)),
+            ("loongjax:open_requests", "Requests without an end.", service.open_requests),
         ):
             yield _gauge(name, text, {"model_name": model}, value)
         for name, text, count in (
@@ -169,6 +171,12 @@ class _EngineCollector(Collector):
             ),
         ):
             yield _counter(name, text, {"model_name": model}, count)
+        yield _counter(
+            "loongjax:service_cpu_seconds",
+            "CPU time of the thread that serves; it is the one that is asked for this.",
+            {"model_name": model},
+            time.thread_time(),
+        )
         yield from _by_part(stats, model)
 
 

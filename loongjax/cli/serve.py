@@ -7,6 +7,7 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from loongjax.config import EngineConfig, engine_config
 from loongjax.errors import ConfigError
 
 if TYPE_CHECKING:
+    from loongjax.api.build import BuiltEngine
     from serving.config import ServeConfig
 
 _EPILOG = """\
@@ -36,18 +38,30 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_engine_options(parser)
-    planning = parser.add_argument_group("planning")
-    planning.add_argument(
-        "--policy", default="first_come", help="who plans, as in simulate (default first_come)"
-    )
-    planning.add_argument(
-        "--cost-model", type=Path, metavar="FILE", help="times of steps, which other policies need"
-    )
+    add_planning_options(parser)
     _add_server_options(parser)
     _add_guard_options(parser)
     _add_limit_options(parser)
     add_json_option(parser)
     parser.set_defaults(run=run)
+
+
+def add_planning_options(parser: argparse.ArgumentParser) -> None:
+    """`--policy`, `--cost-model` and `--max-chunk-tokens`."""
+    group = parser.add_argument_group("planning")
+    group.add_argument(
+        "--policy", default="first_come", help="who plans, as in simulate (default first_come)"
+    )
+    group.add_argument(
+        "--cost-model", type=Path, metavar="FILE", help="times of steps, which other policies need"
+    )
+    group.add_argument(
+        "--max-chunk-tokens",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="prompt tokens that an instance computes in one step at most (default 2048)",
+    )
 
 
 def _add_server_options(parser: argparse.ArgumentParser) -> None:
@@ -126,6 +140,11 @@ def _add_limit_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Serves until it is asked to end."""
+    run_server(options, lambda built: None)
+
+
+def run_server(options: argparse.Namespace, prepare: Callable[[BuiltEngine], object]) -> None:
+    """Serves until it is asked to end; `prepare` gets the engine before the first request."""
     began = time.monotonic()
     try:
         from serving.logs import set_up
@@ -138,7 +157,8 @@ def run(options: argparse.Namespace) -> None:
 
     config = _serve_config(options)
     set_up(options.log_format)
-    built = build_engine(options.model, _engine_config(options))
+    built = build_engine(options.model, serve_engine_config(options))
+    prepare(built)
 
     def say_ready(addresses: Addresses) -> None:
         startup_s = round(time.monotonic() - began, 3)
@@ -158,9 +178,15 @@ def run(options: argparse.Namespace) -> None:
     serve(built, options.served_model_name or options.model, config, say_ready)
 
 
-def _engine_config(options: argparse.Namespace) -> EngineConfig:
+def serve_engine_config(options: argparse.Namespace) -> EngineConfig:
+    """The engine that the options ask for."""
     config = engine_config(**llm_arguments(options), warm_up=True)
-    return dataclasses.replace(config, policy=options.policy, cost_model=options.cost_model)
+    return dataclasses.replace(
+        config,
+        policy=options.policy,
+        cost_model=options.cost_model,
+        max_chunk_tokens=options.max_chunk_tokens,
+    )
 
 
 def _serve_config(options: argparse.Namespace) -> ServeConfig:

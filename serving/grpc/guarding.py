@@ -14,6 +14,7 @@ from urllib.parse import unquote
 from uuid import uuid4
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from loongjax.errors import LoongJaxError, RequestError
 from serving.auth import Guard, Scope
@@ -57,17 +58,16 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
         else:
             make, inner = grpc.unary_unary_rpc_method_handler, handler.unary_unary
         return make(
-            self._guarded(inner, scope),
-            request_deserializer=handler.request_deserializer,
+            self._guarded(inner, scope, handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
 
-    def _guarded(self, inner: _Handler, scope: Scope) -> _Handler:
-        async def call(request: Any, context: Context) -> Any:
+    def _guarded(self, inner: _Handler, scope: Scope, parse: Callable[[bytes], Any]) -> _Handler:
+        async def call(data: bytes, context: Context) -> Any:
             async with _told(context):
                 authorization = metadata(context).get("authorization")
                 _client.set(self._guard.admit(scope, authorization, _peer(context)))
-                return await inner(request, context)
+                return await inner(_parsed(parse, data), context)
 
         return call
 
@@ -132,6 +132,14 @@ async def _told(context: Context) -> AsyncIterator[None]:
         await context.abort(
             grpc.StatusCode.INTERNAL, "the server failed at this call; its log says how"
         )
+
+
+def _parsed(parse: Callable[[bytes], Any], data: bytes) -> Any:
+    """The message; grpc itself would call one that cannot be read a failure of the server."""
+    try:
+        return parse(data)
+    except DecodeError as error:
+        raise RequestError(f"the message of {len(data)} bytes cannot be read: {error}") from None
 
 
 def _scope(method: str) -> Scope | None:

@@ -64,6 +64,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
             id=name,
             kind=kind,
             model=service.model_name,
+            with_ids=bool(body.return_token_ids),
             with_usage=bool(body.stream_options and body.stream_options.include_usage),
         )
         pieces = choices(service, calls)

@@ -19,14 +19,14 @@ class ChoicePiece:
     Attributes:
       index: Which one: prompts in their order, the answers to each together.
       text: What is new and final of its text.
-      tokens: New tokens.
+      token_ids: New tokens.
       prompt_tokens: Of its prompt.
       finish_reason: Why it ended; None: it goes on.
     """
 
     index: int
     text: str
-    tokens: int
+    token_ids: tuple[int, ...]
     prompt_tokens: int
     finish_reason: FinishReason | None
 
@@ -72,7 +72,7 @@ async def _of_call(service: Service, call: Call, first: int) -> AsyncGenerator[C
                 yield ChoicePiece(
                     index=first + piece.sample,
                     text=texts.push(piece),
-                    tokens=len(piece.token_ids),
+                    token_ids=piece.token_ids,
                     prompt_tokens=answers.prompt_tokens,
                     finish_reason=None if piece.end is None else piece.end.reason,
                 )

@@ -45,6 +45,7 @@ class _Generation(_Body):
     ignore_eos: bool = False
     stop_token_ids: list[_TokenId] | None = None
     priority: int | None = Field(default=None, description="higher is served earlier")
+    return_token_ids: bool | None = Field(default=None, description="with each choice")
     # Not honoured yet
     top_p: _One | None = None
     top_k: Annotated[int, Field(ge=-1, le=0)] | None = None
@@ -189,6 +190,7 @@ class CompletionChoice(BaseModel):
     text: str
     finish_reason: str | None
     logprobs: None = None
+    token_ids: list[int] | None = None
 
 
 class CompletionResponse(BaseModel):
@@ -209,6 +211,7 @@ class ChatChoice(BaseModel):
     message: dict[str, str | None]
     finish_reason: str | None
     logprobs: None = None
+    token_ids: list[int] | None = None
 
 
 class ChatResponse(BaseModel):

@@ -25,6 +25,7 @@ class Answer:
       kind: What it asked for.
       model: Whom it asked.
       with_usage: Whether a stream ends with a count of tokens.
+      with_ids: Whether choices have their token ids beside their text.
       created: When it came [s, Unix time].
     """
 
@@ -32,6 +33,7 @@ class Answer:
     kind: Kind
     model: str
     with_usage: bool = False
+    with_ids: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
     _prompts: dict[int, int] = field(default_factory=dict)
     _tokens: int = 0
@@ -39,14 +41,17 @@ class Answer:
     def whole(self, pieces: Sequence[ChoicePiece], samples: int) -> dict[str, Any]:
         """The body of an answer that is not streamed; each prompt has so many samples."""
         texts: dict[int, list[str]] = {}
+        ids: dict[int, list[int]] = {}
         reasons: dict[int, str | None] = {}
         for piece in pieces:
             self._count(piece, samples)
             texts.setdefault(piece.index, []).append(piece.text)
+            ids.setdefault(piece.index, []).extend(piece.token_ids)
             reasons[piece.index] = piece.finish_reason
         listed = [
             {"index": index, "finish_reason": reasons[index], "logprobs": None}
             | self._said("".join(texts[index]))
+            | self._ids(ids[index])
             for index in sorted(texts)
         ]
         return self._head(self.kind) | {"choices": listed, "usage": self._usage()}
@@ -64,6 +69,7 @@ class Answer:
                 self._count(piece, samples)
                 choice: dict[str, Any] = {"index": piece.index, "logprobs": None}
                 choice["finish_reason"] = piece.finish_reason
+                choice |= self._ids(piece.token_ids)
                 if is_chat:
                     role = {} if piece.index in begun else {"role": "assistant"}
                     begun.add(piece.index)
@@ -83,8 +89,11 @@ class Answer:
             return {"message": {"role": "assistant", "content": text}}
         return {"text": text}
 
+    def _ids(self, ids: Sequence[int]) -> dict[str, Any]:
+        return {"token_ids": list(ids)} if self.with_ids else {}
+
     def _count(self, piece: ChoicePiece, samples: int) -> None:
-        self._tokens += piece.tokens
+        self._tokens += len(piece.token_ids)
         self._prompts[piece.index // samples] = piece.prompt_tokens
 
     def _usage(self) -> dict[str, int]:

@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,9 @@ from smg_grpc_proto import vllm_engine_pb2_grpc as pb_grpc
 PATIENCE_S = 60.0
 EXIT_S = 120.0
 SERVE = ("-m", "loongjax.cli.main", "serve")
-ENGINE = ("--instances", "2", "--max-model-len", "256", "--pool-slots", "256")
+ENGINE = (
+    "--instances", "2", "--max-model-len", "256", "--pool-slots", "256", "--max-chunk-tokens", "64"
+)  # fmt: skip
 NAME = "tiny"
 
 
@@ -66,16 +68,24 @@ class Server:
 
 
 @contextmanager
-def server(model: Path, cache: Path, *arguments: str) -> Iterator[Server]:
+def server(
+    model: Path,
+    cache: Path,
+    *arguments: str,
+    program: Sequence[str] = SERVE,
+    stderr: Path | None = None,
+) -> Iterator[Server]:
     """Starts one, with compiled programs in `cache`, and kills it at the end if it still runs."""
-    command = [*SERVE, "--model", str(model), "--served-model-name", NAME, *ENGINE, "--json"]
+    command = [*program, "--model", str(model), "--served-model-name", NAME, *ENGINE, "--json"]
     command += ["--port", "0", "--http-port", "0"]
-    process = subprocess.Popen(
-        [sys.executable, *command, *arguments],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"XDG_CACHE_HOME": str(cache)},
-    )
+    with nullcontext() if stderr is None else stderr.open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, *command, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=os.environ | {"XDG_CACHE_HOME": str(cache)},
+        )
     try:
         assert process.stdout is not None
         line = process.stdout.readline()

@@ -1,0 +1,88 @@
+"""An engine that dies takes its server with it, and everybody is told."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health_pb2 import HealthCheckResponse
+
+from loongjax.sampling.params import SamplingParams
+from serving.client import Client, RetryPolicy, ServerError
+from tests.serving.breaking_server import DEADLY
+from tests.serving.server import EXIT_S, PATIENCE_S, server
+
+pytestmark = pytest.mark.xdist_group("server")
+
+LONG = SamplingParams(max_tokens=250, ignore_eos=True)
+
+
+def test_the_engine_dies(model, cache):
+    program = ("-m", "tests.serving.breaking_server")
+    with (
+        server(model, cache, program=program) as it,
+        grpc.insecure_channel(it.grpc) as channel,
+        Client(it.grpc, retry=RetryPolicy(attempts=1)) as client,
+    ):
+        service = health_pb2.HealthCheckRequest(service="loongjax.v1.Inference")
+        watch = health_pb2_grpc.HealthStub(channel).Watch(service, timeout=PATIENCE_S)
+        assert next(watch).status == HealthCheckResponse.SERVING
+        open_calls = [client.stream("a", LONG) for _ in range(3)]
+        for call in open_calls:
+            next(call)
+        events = _stream_http(it.http)
+        errors: list[ServerError] = []
+
+        def listen(call) -> None:
+            try:
+                for _ in call:
+                    pass
+            except ServerError as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=listen, args=(call,)) for call in open_calls]
+        for thread in threads:
+            thread.start()
+        with pytest.raises(ServerError, match="somebody asked for 13 tokens") as deadly:
+            client.generate("b", SamplingParams(max_tokens=DEADLY))
+        assert deadly.value.code == "UNAVAILABLE"
+        assert next(watch).status == HealthCheckResponse.NOT_SERVING
+        for thread in threads:
+            thread.join(PATIENCE_S)
+        assert {error.code for error in errors} <= {"UNAVAILABLE"}
+        last = events.read().decode().split("\n\n")
+        assert "data: [DONE]" in last
+        assert any("somebody asked for 13 tokens" in each for each in last) or "length" in last[-4]
+        assert it.process.wait(EXIT_S) == 1
+
+
+def test_a_client_rides_over_a_restart(model, cache, running):
+    """Calls that meet a server which drains are sent again; see `RetryPolicy`."""
+    with server(model, cache, "--grace-s", "0") as it:
+        with Client(it.grpc, retry=RetryPolicy(attempts=1)) as client:
+            stream = client.stream("a", LONG)
+            next(stream)
+            ended = threading.Thread(target=it.terminate)
+            ended.start()
+            with pytest.raises(ServerError) as caught:
+                for _ in stream:
+                    pass
+            assert caught.value.code == "UNAVAILABLE"
+            ended.join(EXIT_S)
+        with pytest.raises(ServerError) as caught, Client(it.grpc) as client:
+            client.generate("a", timeout_s=2.0)
+        assert caught.value.code in ("UNAVAILABLE", "DEADLINE_EXCEEDED")
+    assert it.report["programs"]["compiled"] == 0  # from the library
+
+
+def _stream_http(url: str) -> http.client.HTTPResponse:
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=PATIENCE_S)
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 250, "stream": True, "ignore_eos": True}
+    connection.request(
+        "POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"}
+    )
+    return connection.getresponse()
