@@ -47,11 +47,11 @@ class Metrics:
         self._answer = self._histogram(
             "vllm:request_generation_tokens", "Answer tokens of a request.", _TOKENS
         )
-        self._success = self._counter(
-            "vllm:request_success", "Requests that ended, by reason.", ["finished_reason"]
+        self._success = self._counters(
+            "vllm:request_success", "Requests that ended, by reason.", "finished_reason"
         )
-        self._failure = self._counter(
-            "loongjax:request_failure", "Requests that ended with an error, by code.", ["code"]
+        self._failure = self._counters(
+            "loongjax:request_failure", "Requests that ended with an error, by code.", "code"
         )
         self._scale_ups = self._counter(
             "loongjax:scale_ups", "Requests whose next step ran on more instances."
@@ -73,26 +73,25 @@ class Metrics:
 
     def observe(self, report: Report) -> None:
         """Counts a request that has ended."""
-        model = self._labels
         if report.outcome in ("stop", "length", "abort"):
-            self._success.labels(**model, finished_reason=report.outcome).inc()
+            self._success.labels(**self._labels, finished_reason=report.outcome).inc()
         else:
-            self._failure.labels(**model, code=report.outcome).inc()
+            self._failure.labels(**self._labels, code=report.outcome).inc()
         times = report.timings
         if times is None or report.error is not None:
             return
-        self._prompt.labels(**model).observe(report.prompt_tokens)
-        self._answer.labels(**model).observe(report.answer_tokens)
-        self._e2e.labels(**model).observe(report.total_s)
+        self._prompt.observe(report.prompt_tokens)
+        self._answer.observe(report.answer_tokens)
+        self._e2e.observe(report.total_s)
         if times.first_scheduled is not None:
             queued = times.first_scheduled - times.arrival
-            self._queue.labels(**model).observe(report.gate_s + queued)
+            self._queue.observe(report.gate_s + queued)
         if times.first_token is not None:
-            self._ttft.labels(**model).observe(report.gate_s + times.first_token - times.arrival)
+            self._ttft.observe(report.gate_s + times.first_token - times.arrival)
             following = report.answer_tokens // report.call.params.n - 1
             if following > 0:
                 per_token = (times.end - times.first_token) / following
-                self._tpot.labels(**model).observe(per_token)
+                self._tpot.observe(per_token)
 
     def count_steps(self, records: Sequence[StepRecord]) -> None:
         """Counts steps that have ended."""
@@ -100,10 +99,10 @@ class Metrics:
             if record.error is not None:
                 continue
             if record.kind == "migrate":
-                self._migrated.labels(**self._labels).inc(record.tokens)
+                self._migrated.inc(record.tokens)
                 continue
             if record.kind == "prefill" and len(record.kept) < record.degree:
-                self._retained.labels(**self._labels).inc(sum(s.tokens for s in record.kept))
+                self._retained.inc(sum(s.tokens for s in record.kept))
             for request in record.requests:
                 self._follow(request, record.degree)
 
@@ -113,14 +112,19 @@ class Metrics:
         if len(self._degrees) > _MOST_FOLLOWED:
             self._degrees.popitem(last=False)
         if degree > before:
-            self._scale_ups.labels(**self._labels).inc()
+            self._scale_ups.inc()
         elif degree < before:
-            self._scale_downs.labels(**self._labels).inc()
+            self._scale_downs.inc()
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float] = _SECONDS) -> Histogram:
-        return Histogram(name, text, list(self._labels), buckets=buckets, registry=self.registry)
+        family = Histogram(name, text, list(self._labels), buckets=buckets, registry=self.registry)
+        return family.labels(**self._labels)
 
-    def _counter(self, name: str, text: str, labels: Sequence[str] = ()) -> Counter:
+    def _counter(self, name: str, text: str) -> Counter:
+        return self._counters(name, text).labels(**self._labels)
+
+    def _counters(self, name: str, text: str, *labels: str) -> Counter:
+        """Counters that have further labels, each of which is there once it has counted."""
         return Counter(name, text, [*self._labels, *labels], registry=self.registry)
 
 

@@ -13,10 +13,10 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from loongjax import __version__
 from loongjax.api.prompts import need_tokenizer
-from loongjax.errors import RequestError
+from loongjax.errors import EngineClosedError, RequestError
 from loongjax.sampling.params import SamplingParams
 from serving.auth import Guard
-from serving.errors import AbsentError
+from serving.errors import AbsentError, DrainingError
 from serving.http import schemas
 from serving.http.choices import ChoicePiece, choices
 from serving.http.door import Door, unless_gone
@@ -149,13 +149,15 @@ def _add_state(app: FastAPI, service: Service, metrics: Metrics) -> None:
 
     @app.get("/health", response_class=PlainTextResponse)
     async def health() -> Response:
-        alive = service.built.engine.alive
-        return PlainTextResponse("" if alive else "the engine has ended", 200 if alive else 503)
+        if not service.built.engine.alive:
+            raise EngineClosedError("the engine has ended")
+        return PlainTextResponse("alive")
 
     @app.get("/ready", response_class=PlainTextResponse)
     async def ready() -> Response:
-        is_ready = service.is_ready
-        return PlainTextResponse("" if is_ready else "draining", 200 if is_ready else 503)
+        if not service.is_ready:
+            raise DrainingError("the server takes no new requests")
+        return PlainTextResponse("ready")
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def show_metrics() -> Response:

@@ -32,10 +32,8 @@ def refusal(call) -> str:
 
 
 def test_the_state_is_told_again_and_again(stub, inference):
-    long = request(max_tokens=250, ignore_eos=True)
-    calls = [inference.Generate(long, timeout=PATIENCE_S) for _ in range(4)]
-    for call in calls:
-        next(call)
+    many = [request(max_tokens=250, ignore_eos=True)] * 40
+    batch = inference.GenerateBatch(inference_pb2.GenerateBatchRequest(requests=many))
     watch = stub.Watch(pb.WatchRequest(interval_s=0.1), timeout=PATIENCE_S)
     states = [next(watch)]
     while not states[-1].groups or not states[-1].running:
@@ -47,8 +45,7 @@ def test_the_state_is_told_again_and_again(stub, inference):
     names = [name for group in state.groups for name in group.requests]
     assert names
     watch.cancel()
-    for call in calls:
-        call.cancel()
+    batch.cancel()
 
 
 def test_an_interval_has_a_limit(stub):

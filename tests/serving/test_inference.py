@@ -110,9 +110,9 @@ def test_tokens_of_a_text(stub):
         (request(max_tokens=0), "INVALID_ARGUMENT", "max_tokens must be at least 1, not 0"),
         (request("x" * 300), "INVALID_ARGUMENT", "max_model_len 256"),
         (
-            pb.GenerateRequest(prompt=pb.Prompt(chat=pb.Chat(messages=[pb.ChatMessage()]))),
+            pb.GenerateRequest(prompt=pb.Prompt(chat=pb.Chat())),
             "INVALID_ARGUMENT",
-            "no chat template",
+            "a chat needs at least one message",
         ),
         (
             pb.GenerateRequest(request_id="x" * 300, prompt=pb.Prompt(text="a")),
