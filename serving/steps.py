@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from loongjax.engine import Engine, StepRecord
@@ -44,8 +44,9 @@ class StepFeed:
             for listener in self.listeners:
                 listener(records)
 
-    async def follow(self) -> AsyncGenerator[StepRecord, None]:
-        """Every step that ends from now on."""
+    @contextmanager
+    def follow(self) -> Iterator[AsyncIterator[StepRecord]]:
+        """Every step that ends from now on, for as long as the block runs."""
         kept: deque[StepRecord] = deque(maxlen=_MOST_KEPT)
         news = asyncio.Event()
 
@@ -53,17 +54,17 @@ class StepFeed:
             kept.extend(records)
             news.set()
 
-        with self._listening(listener):
-            while True:
-                await news.wait()
-                news.clear()
-                while kept:
-                    yield kept.popleft()
-
-    @contextmanager
-    def _listening(self, listener: Callable[[Sequence[StepRecord]], None]) -> Iterator[None]:
+        self.look()  # what has ended is not for this follower
         self.listeners.append(listener)
         try:
-            yield
+            yield _each(kept, news)
         finally:
             self.listeners.remove(listener)
+
+
+async def _each(kept: deque[StepRecord], news: asyncio.Event) -> AsyncIterator[StepRecord]:
+    while True:
+        await news.wait()
+        news.clear()
+        while kept:
+            yield kept.popleft()

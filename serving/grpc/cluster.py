@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from contextlib import aclosing
 
 from loongjax.engine import StepRecord
 from loongjax.errors import RequestError
@@ -42,8 +41,8 @@ class ClusterServicer(pb_grpc.ClusterServicer):
             await asyncio.sleep(interval_s)
 
     async def WatchSteps(self, request: pb.WatchStepsRequest, context: Context) -> None:
-        await context.send_initial_metadata(())  # so that the client knows when "from now on" is
-        async with aclosing(self._feed.follow()) as steps:
+        with self._feed.follow() as steps:
+            await context.send_initial_metadata(())  # tells the client when "from now on" is
             async for record in steps:
                 await context.write(_step(record))
 

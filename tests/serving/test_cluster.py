@@ -53,7 +53,8 @@ def test_an_interval_has_a_limit(stub):
     assert "interval_s must be a time of at least 0.1 s, not 0.01" in refusal(lambda: next(call))
 
 
-def test_steps_are_told_as_they_end(stub, inference):
+def test_steps_are_told_as_they_end(stub, inference, running):
+    running.wait_until_idle()
     steps = stub.WatchSteps(pb.WatchStepsRequest(), timeout=PATIENCE_S)
     steps.initial_metadata()
     generate(inference, request(max_tokens=4))
