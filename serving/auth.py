@@ -79,7 +79,8 @@ class Guard:
     """Lets clients in.
 
     Attributes:
-      tokens: By scope. A scope without any is open to all if no scope has some; else it is closed.
+      tokens: By scope. Without any, inference is open to all; the cluster is so only if inference
+        has none either, and else closed.
     """
 
     tokens: dict[Scope, TokenFile]
@@ -106,20 +107,20 @@ class Guard:
           UnknownClientError: No token, or one that nobody has.
           ForbiddenError: The token is for something else.
         """
-        if not self.tokens:
-            return peer
+        own = self.tokens.get(scope)
+        if own is None:
+            if scope is Scope.INFERENCE or not self.tokens:
+                return peer
+            raise ForbiddenError(f"{scope.value} is closed: the server has no tokens for it")
         token = _bearer(authorization)
         if token is None:
             raise UnknownClientError("a token is needed: authorization: Bearer TOKEN")
-        names = {each: file.name_of(token) for each, file in self.tokens.items()}
-        name = names.get(scope)
+        name = own.name_of(token)
         if name is not None:
             return name
-        if any(names.values()):
+        if any(file.name_of(token) for file in self.tokens.values()):
             raise ForbiddenError(
                 f"this token is not for {scope.value}; use one of the {scope.value} tokens"
-                if scope in self.tokens
-                else f"{scope.value} is closed: the server has no {scope.value} tokens"
             )
         raise UnknownClientError("nobody has this token; was it withdrawn?")
 

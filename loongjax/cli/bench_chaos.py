@@ -60,10 +60,10 @@ def run(options: argparse.Namespace) -> None:
     if not 0.0 <= options.failure_rate < 1.0:
         raise ConfigError(f"--failure-rate must be in [0, 1), not {options.failure_rate}")
     report = run_chaos(
+        flaky_server(options.failure_rate, options.seed),
         requests=options.requests,
         instances=options.instances,
         seed=options.seed,
-        failure_rate=options.failure_rate,
     )
     if options.json:
         print(json.dumps(report), flush=True)
@@ -72,3 +72,8 @@ def run(options: argparse.Namespace) -> None:
             print(f"{name:>16}  {value}")
     if not report["passed"]:
         raise BenchError(f"chaos did not pass: {report['problems'][:3]}")
+
+
+def flaky_server(failure_rate: float, seed: int) -> list[str]:
+    """What Python runs for a server of which that share of steps fails."""
+    return ["-m", "loongjax.cli.flaky_server", str(failure_rate), str(seed)]

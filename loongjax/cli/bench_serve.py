@@ -84,8 +84,13 @@ def run(options: argparse.Namespace) -> None:
         seed=options.seed,
     )
     objective = Objective(ttft_s=options.slo_ttft_s, tpot_s=options.slo_tpot_s)
+    arguments = _server_arguments(options)
     report = run_serve_bench(
-        server_arguments(options), options.model, load, objective, options.bare
+        ["-m", "loongjax.cli.main", "serve", *arguments],
+        options.model,
+        load,
+        objective,
+        bare=["-m", "loongjax.cli.bare_engine", *arguments] if options.bare else None,
     )
     report = {"policy": options.policy} | report
     if options.json:
@@ -94,7 +99,7 @@ def run(options: argparse.Namespace) -> None:
         _print(report)
 
 
-def server_arguments(options: argparse.Namespace) -> list[str]:
+def _server_arguments(options: argparse.Namespace) -> list[str]:
     """The options of the engine and of planning, as `loongjax serve` takes them."""
     found = []
     for name in (

@@ -118,7 +118,7 @@ def _add_guard_options(parser: argparse.ArgumentParser) -> None:
         "--cluster-token-file",
         type=Path,
         metavar="FILE",
-        help="who may steer and profile; without it, but with --token-file, nobody",
+        help="who may steer and profile; without it everybody, or, with --token-file, nobody",
     )
 
 

@@ -88,27 +88,28 @@ class _Size:
 
 
 def run_chaos(
-    *,
-    requests: int,
-    instances: int = 4,
-    seed: int = 0,
-    failure_rate: float = 0.002,
-    server_arguments: Sequence[str] = (),
+    server: Sequence[str], *, requests: int, instances: int = 4, seed: int = 0
 ) -> dict[str, Any]:
     """Runs it; gives the report as a mapping, with `passed`.
+
+    Args:
+      server: What Python is to run: a server whose steps fail now and then; it takes the options
+        of `loongjax serve`.
+      requests: How many to send.
+      instances: Of the server.
+      seed: Of all draws.
 
     Raises:
       BenchError: The server ended too early.
     """
-    arguments = [
+    options = [
         "--model", _MODEL, "--served-model-name", "tiny", "--instances", str(instances),
-        "--max-model-len", str(_CONTEXT), "--pool-slots", "512", "--dtype", "float32",
-        "--max-message-mib", "1", "--log-format", "json", *server_arguments,
+        "--max-model-len", str(_CONTEXT), "--pool-slots", str(_CONTEXT), "--dtype", "float32",
+        "--max-chunk-tokens", "64", "--max-message-mib", "1", "--log-format", "json",
     ]  # fmt: skip
-    program = ("-m", "serving.bench.chaos_server", str(failure_rate), str(seed))
-    with ServerProcess(arguments, program=program) as server:
-        report, served = asyncio.run(_drive(server, requests, instances, seed))
-        report.exit_code = server.end()
+    with ServerProcess([*server, *options]) as process:
+        report, served = asyncio.run(_drive(process, requests, instances, seed))
+        report.exit_code = process.end()
     _judge(report, served)
     return {"passed": report.passed, **asdict(report)}
 

@@ -14,7 +14,6 @@ from types import TracebackType
 from loongjax.errors import BenchError
 
 _END_S = 60.0
-_SERVE = ("-m", "loongjax.cli.main", "serve")
 
 
 class ServerProcess:
@@ -27,19 +26,19 @@ class ServerProcess:
       pid: Its process.
     """
 
-    def __init__(self, arguments: Sequence[str], *, program: Sequence[str] = _SERVE) -> None:
+    def __init__(self, command: Sequence[str]) -> None:
         """Starts it on free ports, and waits until it is ready.
 
         Args:
-          arguments: Options of `loongjax serve`.
-          program: What Python is to run.
+          command: What Python is to run; it takes the options of `loongjax serve`.
 
         Raises:
           BenchError: It ended before it was ready; it has said why on stderr.
         """
-        command = [sys.executable, *program, *arguments]
-        command += ["--port", "0", "--http-port", "0", "--json"]
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        own = ["--port", "0", "--http-port", "0", "--json"]
+        self._process = subprocess.Popen(
+            [sys.executable, *command, *own], stdout=subprocess.PIPE, text=True
+        )
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:

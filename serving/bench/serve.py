@@ -1,7 +1,7 @@
 """`loongjax bench serve`: TTFT, TPOT and goodput of a server, at one or several rates.
 
 Beside them, what serving costs: CPU time of the server's own thread for each token that came, and,
-where asked for, what the bare engine does with the same requests (`bare`).
+where asked for, what the bare engine does with the same requests.
 """
 
 from __future__ import annotations
@@ -78,20 +78,31 @@ class Load:
 
 
 def run_serve_bench(
-    server_arguments: Sequence[str], model: str, load: Load, objective: Objective, bare: bool
+    server: Sequence[str],
+    model: str,
+    load: Load,
+    objective: Objective,
+    bare: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Starts a server with these options of `loongjax serve`, and measures it.
+    """Starts a server, and measures it.
+
+    Args:
+      server: What Python is to run: a server of this model, and its options.
+      model: What it calls the model.
+      load: What to send.
+      objective: What a request has to meet to count for goodput.
+      bare: What Python is to run to measure the bare engine; None: it is not measured.
 
     Raises:
       BenchError: The server or the bare engine ended too early.
       RequestError: The trace cannot be read.
     """
     runs = []
-    with ServerProcess(server_arguments) as server:
-        startup_s = server.startup_s
+    with ServerProcess(server) as process:
+        startup_s = process.startup_s
         for rate in load.rates or (None,):
-            runs.append(asyncio.run(_measure(server, model, load, objective, rate)))
-        if (code := server.end()) != 0:
+            runs.append(asyncio.run(_measure(process, model, load, objective, rate)))
+        if (code := process.end()) != 0:
             raise BenchError(f"the server ended with code {code}")
     report: dict[str, Any] = {
         "protocol": load.protocol,
@@ -99,8 +110,8 @@ def run_serve_bench(
         "objective": {"ttft_s": objective.ttft_s, "tpot_s": objective.tpot_s},
         "runs": runs,
     }
-    if bare:
-        found = _run_bare(server_arguments, load)
+    if bare is not None:
+        found = _run_bare(bare, load)
         report["bare_engine"] = found
         report["ratio_to_bare_engine"] = round(
             runs[-1]["output_tokens_per_s"] / found["output_tokens_per_s"], 3
@@ -137,10 +148,10 @@ def _us(cpu_s: float, outcomes: Sequence[Outcome]) -> float | None:
     return round(1e6 * cpu_s / tokens, 1) if tokens else None
 
 
-def _run_bare(server_arguments: Sequence[str], load: Load) -> dict[str, Any]:
+def _run_bare(command: Sequence[str], load: Load) -> dict[str, Any]:
     asked = [[question.prompt, question.answer_tokens] for question in load.questions(1.0)]
     done = subprocess.run(
-        [sys.executable, "-m", "serving.bench.bare", *server_arguments, "--json"],
+        [sys.executable, *command],
         input=json.dumps({"clients": load.clients, "questions": asked}),
         stdout=subprocess.PIPE,
         text=True,

@@ -97,7 +97,14 @@ def test_scopes_are_separate(path, tmp_path):
         guard.admit(Scope.INFERENCE, "Bearer nobody", "peer")
 
 
-def test_a_scope_without_tokens_is_closed_where_others_have_some(path):
+def test_the_cluster_is_closed_where_only_inference_has_tokens(path):
     guard = Guard.of_files(path, None)
-    with pytest.raises(ForbiddenError, match="cluster is closed"):
-        guard.admit(Scope.CLUSTER, f"Bearer {ALICE}", "peer")
+    for authorization in (None, f"Bearer {ALICE}"):
+        with pytest.raises(ForbiddenError, match="cluster is closed"):
+            guard.admit(Scope.CLUSTER, authorization, "peer")
+
+
+def test_the_cluster_may_be_guarded_alone(path):
+    guard = Guard.of_files(None, path)
+    assert guard.admit(Scope.INFERENCE, None, "peer") == "peer"
+    assert guard.admit(Scope.CLUSTER, f"Bearer {ALICE}", "peer") == "alice"

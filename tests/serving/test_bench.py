@@ -8,6 +8,7 @@ import os
 import pytest
 
 from loongjax.bench.oracle import Oracle
+from loongjax.cli.bench_chaos import flaky_server
 from loongjax.cli.main import main
 from loongjax.errors import ConfigError
 from loongjax.simulator.jobs import Job
@@ -53,9 +54,7 @@ def test_a_closed_loop_over_http_beside_the_bare_engine(capsys, model):
 
 @pytest.mark.usefixtures("own_cache")
 def test_a_short_chaos(cache):
-    report = run_chaos(
-        requests=150, instances=2, failure_rate=0.01, server_arguments=("--max-chunk-tokens", "64")
-    )
+    report = run_chaos(flaky_server(0.01, 0), requests=150, instances=2)
     assert report["passed"], report
     assert report["checked_answers"] > 20
     assert report["completed"] > 50

@@ -16,7 +16,11 @@ from serving.service import Call, Report
 @pytest.fixture
 def report():
     call = Call(
-        name='a\n{"level": "error"}', client="me", protocol="http", prompt="x", params=SamplingParams()
+        name='a\n{"level": "error"}',
+        client="me",
+        protocol="http",
+        prompt="x",
+        params=SamplingParams(),
     )
     timings = Timings(arrival=1.0, first_scheduled=1.5, first_token=2.0, end=3.0)
     return Report(

@@ -1,4 +1,4 @@
-"""The engine without a server, under the same closed loop: `python -m serving.bench.bare`.
+"""The engine without a server, under the same closed loop, for `bench serve --bare`.
 
 Takes the options of `loongjax serve`, and on stdin `{"clients", "questions": [[ids, tokens], …]}`;
 prints `{"output_tokens_per_s", "duration_s"}`.

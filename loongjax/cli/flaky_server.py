@@ -1,6 +1,6 @@
-"""A server whose steps fail now and then: `python -m serving.bench.chaos_server RATE SEED …`.
+"""A server whose steps fail now and then, for `bench chaos`: `python -m … RATE SEED OPTIONS`.
 
-Further arguments are those of `loongjax serve`. A step fails before it has taken the KV pool, or
+The options are those of `loongjax serve`. A step fails before it has taken the KV pool, or
 after, when the pool is gone: as launches do on hardware.
 """
 
