@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from loongjax.errors import ConfigError, EngineClosedError
 from loongjax.scheduler.policies.first_come import FirstCome
@@ -46,6 +50,33 @@ def test_requests_that_run_there_go_on(drained: int) -> None:
             tokens, end = collect(handle)
             assert (tokens, end.reason) == (answer(PROMPT[: 9 + i], 30), "length")
         assert parts.engine.stats().instances[drained].used == 0
+
+
+@settings(max_examples=25)
+@given(
+    seed=st.integers(0, 2**16),
+    instances=st.integers(2, 4),
+    block_size=st.sampled_from([1, 4]),
+    slots=st.sampled_from([32, 128]),
+    sizes=st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=10),
+)
+def test_drains_at_any_time_change_no_answer(
+    seed: int, instances: int, block_size: int, slots: int, sizes: list[tuple[int, int]]
+) -> None:
+    chance = random.Random(seed)
+    with rig(instances=instances, slots=slots, block_size=block_size) as parts:
+        handles = []
+        for number, (prompt, wanted) in enumerate(sizes):
+            handles.append(parts.submit(str(number), PROMPT[:prompt], max_tokens=wanted))
+            for instance in range(instances):
+                match chance.randrange(4):
+                    case 0 if len(parts.engine._drained | {instance}) < instances:
+                        parts.engine.drain(instance)
+                    case 1:
+                        parts.engine.resume(instance)
+        for (prompt, wanted), handle in zip(sizes, handles, strict=True):
+            tokens, end = collect(handle)
+            assert (tokens, end.reason) == (answer(PROMPT[:prompt], wanted), "length")
 
 
 def test_use_is_told_right_while_it_drains() -> None:
