@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -11,11 +12,12 @@ from pallas_kernels import kv_write as xla_write
 from pallas_kernels import paged_attention as xla_paged
 from pallas_kernels import striped_attention as xla_striped
 from pallas_kernels.backend_names import Backend
+from pallas_kernels.causal_tiles import Tiles
 from pallas_kernels.partials import Partial
 
+_log = logging.getLogger(__name__)
 _OF_PLATFORM: dict[str, Backend] = {"tpu": "pallas-tpu", "gpu": "pallas-triton"}
-_NEEDS_PLATFORM = {backend: platform for platform, backend in _OF_PLATFORM.items()}
-_TRITON = ("pallas-triton", "interpret")
+_NEEDS_PLATFORM = {"pallas-tpu": "tpu", "pallas-triton": "gpu", "pallas-hopper": "gpu"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +27,8 @@ class Kernels:
     Attributes:
       backend: Its name.
       fold_stripe: See `pallas_kernels.striped_attention.fold_stripe`.
+      fold_tiles: Its tiles for a stripe of so many tokens, a head size, and bytes of a number;
+        raises ValueError for what it does not fit.
       paged_attention: See `pallas_kernels.paged_attention.paged_attention`; also takes
         `rows_at_once`, how many neighbouring rows may share their entries.
       kv_write: See `pallas_kernels.kv_write.kv_write`.
@@ -34,6 +38,7 @@ class Kernels:
 
     backend: Backend
     fold_stripe: Callable[..., Any]
+    fold_tiles: Callable[[int, int, int], Tiles]
     paged_attention: Callable[..., Partial]
     kv_write: Callable[..., Any]
     shares_keys: bool
@@ -54,13 +59,10 @@ def unsupported(
     needed = _NEEDS_PLATFORM.get(backend, platform)
     if platform != needed:
         return f"it needs a {needed}, and this is a {platform}"
-    if backend in _TRITON:
-        from pallas_kernels.gpu.striped_attention import tiles_for
-
-        try:
-            tiles_for(chunk_tokens, head_dim, itemsize)
-        except ValueError as error:
-            return str(error)
+    try:
+        kernels_of(backend).fold_tiles(chunk_tokens, head_dim, itemsize)
+    except ValueError as error:
+        return str(error)
     return None
 
 
@@ -71,12 +73,29 @@ def kernels_of(backend: Backend) -> Kernels:
         return Kernels(
             backend=backend,
             fold_stripe=xla_striped.fold_stripe,
+            fold_tiles=_square_tiles,
             paged_attention=_one_by_one,
             kv_write=xla_write.kv_write,
             shares_keys=False,
         )
-    make = _triton if backend in _TRITON else _mosaic
+    if backend == "pallas-hopper":
+        return _hopper()
+    make = _triton if backend in ("pallas-triton", "interpret") else _mosaic
     return make(backend, interpret=backend.startswith("interpret"))
+
+
+def _hopper() -> Kernels:
+    from pallas_kernels.gpu import hopper_attention
+
+    _log.warning(
+        "attention_backend 'pallas-hopper' is unconfirmed: no GPU has run its attention. Compare "
+        "with scripts/confirm_on_chip.py, or use 'pallas-triton'"
+    )
+    return replace(
+        _triton("pallas-hopper", interpret=False),
+        fold_stripe=hopper_attention.fold_stripe,
+        fold_tiles=hopper_attention.tiles_for,
+    )
 
 
 def _triton(backend: Backend, *, interpret: bool) -> Kernels:
@@ -85,6 +104,7 @@ def _triton(backend: Backend, *, interpret: bool) -> Kernels:
     return Kernels(
         backend=backend,
         fold_stripe=partial(striped_attention.fold_stripe, interpret=interpret),
+        fold_tiles=striped_attention.tiles_for,
         paged_attention=partial(paged_attention.paged_attention, interpret=interpret),
         kv_write=partial(kv_write.kv_write, interpret=interpret),
         shares_keys=True,
@@ -97,10 +117,16 @@ def _mosaic(backend: Backend, *, interpret: bool) -> Kernels:
     return Kernels(
         backend=backend,
         fold_stripe=partial(striped_attention.fold_stripe, interpret=interpret),
+        fold_tiles=lambda tokens, head_dim, itemsize: striped_attention.tiles_for(tokens),
         paged_attention=partial(paged_attention.paged_attention, interpret=interpret),
         kv_write=partial(kv_write.kv_write, interpret=interpret),
         shares_keys=True,
     )
+
+
+def _square_tiles(tokens: int, head_dim: int, itemsize: int) -> Tiles:
+    tile = xla_striped.tile_size(tokens)
+    return Tiles(tile, tile)
 
 
 def _one_by_one(*args: Any, rows_at_once: int = 1, **options: Any) -> Partial:

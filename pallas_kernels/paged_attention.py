@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, Shaped
 
-from pallas_kernels.partials import Carry, Partial, empty_carry, finish
+from pallas_kernels.partials import Carry, Partial, bent, empty_carry, finish
 
 _CHUNK_TOKENS = 128  # KV tokens of one work item: 128 to 256 were the fastest on CPU
 _ITEMS_AT_ONCE = 8
@@ -114,11 +114,13 @@ def paged_attention(
     layer: int | Int32[Array, ""],
     block_size: int,
     scale: float,
+    soft_cap: float | None = None,
     decode: Callable[[Array], Array] = lambda x: x,
 ) -> Partial:
     """Attends each row's query over the row's entries; returns `(o_RxHxD, lse_RxH)`.
 
-    `decode` as for `load_keys`. Products are float32, whatever is stored.
+    `decode` as for `load_keys`. Products are float32, whatever is stored. Scores are bent into
+    (-soft_cap, soft_cap), if given.
     Work: 4*H*D flops and 2*G*D stored elements per KV token, rounded up to chunks of 128
     tokens.
     """
@@ -147,6 +149,7 @@ def paged_attention(
         visible_WxK &= keys.position_WxK >= rows.first_R[row_W][:, None]
         # Keys first: on CPU that product is faster than queries first.
         s_WxKxH = _batch_dot(keys.k_WxKxX.astype(jnp.float32), q_RxHxX[row_W], (2, 2))
+        s_WxKxH = bent(s_WxKxH, soft_cap)
         s_WxHxK = jnp.where(visible_WxK[:, None], s_WxKxH.swapaxes(1, 2), -jnp.inf)
         return _fold_by_row(carry, row_W, s_WxHxK, keys.v_WxKxX.astype(jnp.float32), kv_heads)
 

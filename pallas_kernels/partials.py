@@ -40,6 +40,11 @@ def empty_carry(rows: tuple[int, ...], head_dim: int) -> Carry:
     )
 
 
+def bent(scores: Float[Array, "*any"], soft_cap: float | None) -> Float[Array, "*any"]:
+    """Scores bent into (-soft_cap, soft_cap) by a tanh; None leaves them."""
+    return scores if soft_cap is None else soft_cap * jnp.tanh(scores / soft_cap)
+
+
 def fold_weights(
     m_rows: Float32[Array, "*rows"], s_rowsxK: Float32[Array, "*rows K"]
 ) -> tuple[Float32[Array, "*rows"], Float32[Array, "*rows K"], Float32[Array, "*rows"]]:
@@ -61,12 +66,13 @@ def fold_keys(
     v_GxKxD: Float[Array, "G K D"],
     visible_QxK: Bool[Array, "Q K"] | None,
     scale: float,
+    soft_cap: float | None = None,
 ) -> Carry:
     """Folds a tile of keys into the running softmax of a tile of queries.
 
     Query heads h share KV head h // (H // G). Keys that a query does not see have no weight;
     their values must be finite. None: every query sees every key. Products accumulate in
-    float32.
+    float32. `soft_cap` as for `bent`.
     """
     heads, queries, head_dim = q_HxQxD.shape
     kv_heads, keys, _ = k_GxKxD.shape
@@ -77,7 +83,7 @@ def fold_keys(
         (((2,), (2,)), ((0,), (0,))),
         preferred_element_type=jnp.float32,
     )
-    s_HxQxK = s.reshape(heads, queries, keys) * scale
+    s_HxQxK = bent(s.reshape(heads, queries, keys) * scale, soft_cap)
     if visible_QxK is not None:
         s_HxQxK = jnp.where(visible_QxK, s_HxQxK, -jnp.inf)
     m_HxQ, p_HxQxK, shrink_HxQ = fold_weights(carry_HxQ.m, s_HxQxK)

@@ -15,11 +15,12 @@ def attention(
     visible_TxK: Bool[Array, "T K"],
     *,
     scale: float,
+    soft_cap: float | None = None,
 ) -> Partial:
     """Softmax attention of every query over its visible keys: `(o_TxHxD, lse_TxH)`.
 
-    A query without a visible key gives `o = 0`, `lse = -inf`. Keys that nobody sees are not
-    used, even if they are NaN.
+    Scores are bent into (-soft_cap, soft_cap) by a tanh, if given. A query without a visible key
+    gives `o = 0`, `lse = -inf`. Keys that nobody sees are not used, even if they are NaN.
     """
     tokens, heads, head_dim = q_TxHxD.shape
     keys, kv_heads, _ = k_KxGxD.shape
@@ -32,6 +33,8 @@ def attention(
     k = jnp.repeat(jnp.where(used, k_KxGxD, 0).astype(jnp.float32), repeat, axis=1)
     v = jnp.repeat(jnp.where(used, v_KxGxD, 0).astype(jnp.float32), repeat, axis=1)
     s = jnp.einsum("thd,khd->thk", q, k, precision="highest") * scale
+    if soft_cap is not None:
+        s = soft_cap * jnp.tanh(s / soft_cap)
     s = jnp.where(visible_TxK[:, None, :], s, -jnp.inf)
     top = s.max(-1, keepdims=True)
     p = jnp.exp(s - jnp.where(top == -jnp.inf, 0.0, top))

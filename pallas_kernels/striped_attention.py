@@ -38,14 +38,15 @@ def fold_stripe(
     shift: Int32[Array, ""],
     used: Int32[Array, ""],
     scale: float,
+    soft_cap: float | None = None,
 ) -> Carry:
     """Folds a key stripe into the running softmax of a query stripe.
 
     H is a multiple of G; query heads h share KV head h // (H // G). `first_T` is the first
     visible local key of each query, `used` how many of the T local tokens are in use: keys
     beyond are never used, even if they are NaN, and the carry of the tiles beyond stays as it
-    was. Scores and sums are float32. Work: 4*H*D flops for each visible pair, rounded up to
-    tiles.
+    was. Scores and sums are float32; scores are bent into (-soft_cap, soft_cap), if given.
+    Work: 4*H*D flops for each visible pair, rounded up to tiles.
     """
     heads, tokens, head_dim = q_HxTxD.shape
     kv_heads = k_GxTxD.shape[0]
@@ -63,7 +64,7 @@ def fold_stripe(
             place, shape = (0, j * tile, 0), (kv_heads, tile, head_dim)
             k_GxKxD = lax.dynamic_slice(k_GxTxD, place, shape)
             v_GxKxD = lax.dynamic_slice(v_GxTxD, place, shape)
-            return fold_keys(running, q_HxQxD, k_GxKxD, v_GxKxD, visible_QxK, scale)
+            return fold_keys(running, q_HxQxD, k_GxKxD, v_GxKxD, visible_QxK, scale, soft_cap)
 
         def edge_tile(e: Array, running: Carry) -> Carry:
             j = jnp.where(e < inner - first, first + e, end - edges + e)

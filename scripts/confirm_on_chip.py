@@ -95,12 +95,26 @@ def _near(found: jax.Array, wanted: jax.Array, dtype: str) -> float:
 
 def striped_attention(options: Options) -> str:
     """A causal prompt, as one stripe."""
+    errors = _stripe_errors(_kernels(), ["float32", "bfloat16"])
+    return f"relative errors {errors[0]:.1e} in float32, {errors[1]:.1e} in bfloat16"
+
+
+def hopper_attention(options: Options) -> str:
+    """The same through Mosaic GPU, whose products no interpreter runs."""
+    device = jax.devices()[0]
+    if device.platform != "gpu" or not str(device.compute_capability).startswith("9."):
+        raise NotHere("it takes a Hopper GPU")
+    (error,) = _stripe_errors(kernels_of("pallas-hopper"), ["bfloat16"])
+    return f"relative error {error:.1e} in bfloat16"
+
+
+def _stripe_errors(kernels: Kernels, dtypes: list[str]) -> list[float]:
     tokens, errors = 1024, []
-    for dtype in _ERROR:
+    for dtype in dtypes:
         q = _random(0, _HEADS, tokens, _HEAD_DIM, dtype=dtype)
         k, v = (_random(seed, _KV_HEADS, tokens, _HEAD_DIM, dtype=dtype) for seed in (1, 2))
         carry = jax.jit(
-            lambda q, k, v: _kernels().fold_stripe(
+            lambda q, k, v: kernels.fold_stripe(
                 *(empty_carry((_HEADS, tokens), _HEAD_DIM), q, k, v),
                 jnp.zeros(tokens, jnp.int32),
                 shift=jnp.int32(0),
@@ -112,7 +126,7 @@ def striped_attention(options: Options) -> str:
         causal = jnp.tril(jnp.ones((tokens, tokens), bool))
         wanted = attention(*by_token, causal, scale=_HEAD_DIM**-0.5)
         errors.append(_near(finish(carry).o.swapaxes(0, 1), wanted.o, dtype))
-    return f"relative errors {errors[0]:.1e} in float32, {errors[1]:.1e} in bfloat16"
+    return errors
 
 
 def paged_attention(options: Options) -> str:
@@ -253,6 +267,7 @@ def memory(options: Options) -> str:
 
 CHECKS: dict[str, Callable[[Options], str]] = {
     "striped attention is exact": striped_attention,
+    "striped attention through Mosaic GPU is exact": hopper_attention,
     "paged attention is exact": paged_attention,
     "KV is written in place": kv_write,
     "answers do not depend on the degree": degrees,

@@ -34,6 +34,7 @@ class KernelCase:
       rows_at_once: Rows that share keys (`paged_attention`).
       block_size: Tokens per block (`paged_attention`).
       soft_cap: Of scores; None leaves them.
+      backend: The kernels that it is about; None: those that run on the target by default.
     """
 
     kernel: Kernel
@@ -45,13 +46,15 @@ class KernelCase:
     rows_at_once: int = 1
     block_size: int = 16
     soft_cap: float | None = None
+    backend: Backend | None = None
 
     @property
     def name(self) -> str:
         """A short readable name."""
         heads = f"h{self.heads}-g{self.kv_heads}-d{self.head_dim}"
         blocks = f"-b{self.block_size}" if self.kernel == "paged_attention" else ""
-        return f"{self.kernel}-{self.dtype}-{heads}-t{self.tokens}{blocks}"
+        backend = f"-{self.backend}" if self.backend else ""
+        return f"{self.kernel}-{self.dtype}-{heads}-t{self.tokens}{blocks}{backend}"
 
 
 CASES = (
@@ -69,16 +72,34 @@ CASES = (
     ),
     KernelCase(kernel="kv_write", kv_heads=32),
     KernelCase(kernel="kv_write", dtype="float32", kv_heads=3, head_dim=64, tokens=1),
+    KernelCase(kernel="striped_attention", backend="pallas-hopper"),
+    KernelCase(
+        kernel="striped_attention",
+        heads=9,
+        kv_heads=3,
+        head_dim=64,
+        soft_cap=50.0,
+        backend="pallas-hopper",
+    ),
 )
+
+
+def cases_of(chip: str) -> tuple[KernelCase, ...]:
+    """Those that compile for a chip."""
+    return tuple(case for case in CASES if case.backend is None or chip == "h100")
+
+
+_Built = tuple[Callable[..., Any], tuple[int, ...], tuple[Any, ...]]
+
+
+def build(case: KernelCase, backend: Backend) -> _Built:
+    """A function that calls the kernel, which of its arguments are donated, and their shapes."""
+    builders = {"striped_attention": _striped, "paged_attention": _paged, "kv_write": _write}
+    return builders[case.kernel](case, backend)
 
 
 def lower(case: KernelCase, backend: Backend, device: jax.Device) -> jax.stages.Lowered:
     """Traces and lowers one kernel for one device; what it writes in place is donated."""
-    build = {
-        "striped_attention": _striped,
-        "paged_attention": _paged,
-        "kv_write": _write,
-    }[case.kernel]
     run, donated, shapes = build(case, backend)
     sharding = jax.sharding.SingleDeviceSharding(device)
     of_pool = sharding if backend == "xla" else Format(POOL_LAYOUT, sharding)
@@ -90,9 +111,6 @@ def lower(case: KernelCase, backend: Backend, device: jax.Device) -> jax.stages.
     result = of_pool if case.kernel == "kv_write" else sharding
     program = jax.jit(run, donate_argnums=donated, out_shardings=result)
     return program.lower(*jax.tree.map(on_device, shapes))
-
-
-_Built = tuple[Callable[..., Any], tuple[int, ...], tuple[Any, ...]]
 
 
 def _int(*shape: int) -> jax.ShapeDtypeStruct:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from loongjax.aot.hlo import Hop, Program
 from loongjax.costmodel.hardware import HardwareDescription
 from loongjax.programs.build import ProgramShapes
+from pallas_kernels.backends import kernels_of
 from pallas_kernels.causal_tiles import causal_pairs
 
 ATTENTION = "striped_attention"  # the kernel's name in compiled programs
@@ -58,14 +59,8 @@ def fold_flops(shapes: ProgramShapes, tokens: int) -> int:
     all tiles of its grid that any query sees, two products each.
     """
     c = shapes.config
-    if shapes.attention_backend == "pallas-tpu":
-        from pallas_kernels.tpu.striped_attention import tiles_for
-
-        tiles = tiles_for(tokens)
-    else:
-        from pallas_kernels.gpu.striped_attention import tiles_for as gpu_tiles_for
-
-        tiles = gpu_tiles_for(tokens, c.head_dim, shapes.dtype.itemsize)
+    kernels = kernels_of(shapes.attention_backend)
+    tiles = kernels.fold_tiles(tokens, c.head_dim, shapes.dtype.itemsize)
     scores = causal_pairs(tokens, tiles) * tiles.queries * tiles.keys
     return 4 * scores * (c.heads // shapes.tp) * c.head_dim
 

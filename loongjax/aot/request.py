@@ -36,6 +36,9 @@ class AotRequest:
       block_size: Tokens per KV block.
       max_chunk_tokens: Prompt tokens that an instance computes in one step at most.
       pool_slots: KV slots of each instance. None: what memory leaves.
+      max_model_len: Positions of a request at most. None: the model's own.
+      quick: Compile with little effort, for a look at memory, traffic and schedule: a quarter of
+        the time on TPU, and slower programs, which are not kept.
     """
 
     target: str
@@ -46,6 +49,8 @@ class AotRequest:
     block_size: int = 16
     max_chunk_tokens: int = 2048
     pool_slots: int | None = None
+    max_model_len: int | None = None
+    quick: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,4 +146,5 @@ def _engine_config(request: AotRequest, target: Target) -> EngineConfig:
         ),
         pool=PoolConfig(block_size=request.block_size, slots=request.pool_slots),
         max_chunk_tokens=request.max_chunk_tokens,
+        max_model_len=request.max_model_len,
     )

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from loongjax.aot.hlo import parse
 from loongjax.aot.report import CompiledProgram, HbmBytes, describe
 from loongjax.aot.request import AotPlan, AotRequest, plan_aot
-from loongjax.cluster.mesh import GroupMeshes
+from loongjax.cluster.mesh import GroupMeshes, grid_of
 from loongjax.errors import UserError
 from loongjax.executor.memory import MemoryPlan, given_slots
 from loongjax.executor.program_plan import with_slots
@@ -29,6 +31,8 @@ from loongjax.programs.build import lower
 from loongjax.programs.key import program_key
 from loongjax.programs.library import serialize
 from loongjax.programs.store import ProgramStore
+
+_LEAST_EFFORT = -1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,20 +68,20 @@ class Job:
 def run(job: Job) -> Mapping[str, Any]:
     """Does a job. Raises UserError where what is asked for does not fit."""
     plan = plan_aot(job.request)
+    if job.request.quick:
+        jax.config.update("jax_exec_time_optimization_effort", _LEAST_EFFORT)
     meshes = _meshes(plan)
-    store = ProgramStore(Path(job.out))
-    if job.program is None:
-        return {"slots": _size(plan, meshes, store).slots}
-    assert job.slots is not None
-    return asdict(_compile(plan, meshes, store, job.program, job.slots))
+    with tempfile.TemporaryDirectory() as unkept:
+        store = ProgramStore(Path(unkept if job.request.quick else job.out))
+        if job.program is None:
+            return {"slots": _size(plan, meshes, store).slots}
+        assert job.slots is not None
+        return asdict(_compile(plan, meshes, store, job.program, job.slots))
 
 
 def _meshes(plan: AotPlan) -> GroupMeshes:
-    tp = plan.request.tensor_parallel
     devices = plan.target.devices()
-    return GroupMeshes(
-        tuple(tuple(devices[at : at + tp]) for at in range(0, plan.instances * tp, tp))
-    )
+    return GroupMeshes(grid_of(devices, plan.instances, plan.request.tensor_parallel))
 
 
 def _size(plan: AotPlan, meshes: GroupMeshes, store: ProgramStore) -> MemoryPlan:

@@ -85,6 +85,17 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="KV slots of each instance (default: what weights and programs leave)",
     )
     parser.add_argument(
+        "--max-model-len",
+        type=int,
+        metavar="N",
+        help="positions of a request at most (default: the model's own)",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="compile with little effort, to see memory, traffic and overlap; keeps no programs",
+    )
+    parser.add_argument(
         "--jobs",
         type=int,
         default=max(1, (os.cpu_count() or 2) // 2),
@@ -141,6 +152,8 @@ def request_of(options: argparse.Namespace) -> AotRequest:
         block_size=options.block_size,
         max_chunk_tokens=options.max_chunk_tokens,
         pool_slots=options.pool_slots,
+        max_model_len=options.max_model_len,
+        quick=options.quick,
     )
 
 

@@ -6,6 +6,7 @@ from them without moving anything, and taken apart again after a step.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from loongjax.cluster.ring import ring_order
 from loongjax.errors import ConfigError
 from loongjax.plan import Group
 
@@ -22,9 +24,12 @@ DeviceGrid: TypeAlias = tuple[tuple[jax.Device, ...], ...]
 SP = "sp"  # mesh axis over the instances of a group
 TP = "tp"  # mesh axis over the devices of an instance
 
+_log = logging.getLogger(__name__)
+
 
 def device_grid(instances: int, tensor_parallel: int) -> DeviceGrid:
-    """The first `instances * tensor_parallel` devices, instance by instance.
+    """The first `instances * tensor_parallel` devices, instance by instance, in the order of
+    `in_ring_order`.
 
     Raises ConfigError if there are fewer devices.
     """
@@ -36,9 +41,30 @@ def device_grid(instances: int, tensor_parallel: int) -> DeviceGrid:
             f"has {len(devices)} ({jax.default_backend()}). Ask for fewer instances, or a smaller "
             "tensor_parallel."
         )
+    return grid_of(devices, instances, tensor_parallel)
+
+
+def grid_of(devices: Sequence[jax.Device], instances: int, tensor_parallel: int) -> DeviceGrid:
+    """As `device_grid`, of these devices, which must be enough."""
+    ordered = in_ring_order(devices)
     return tuple(
-        tuple(devices[i * tensor_parallel : (i + 1) * tensor_parallel]) for i in range(instances)
+        tuple(ordered[i * tensor_parallel : (i + 1) * tensor_parallel]) for i in range(instances)
     )
+
+
+def in_ring_order(devices: Sequence[jax.Device]) -> list[jax.Device]:
+    """TPU chips so that each is one link from the next (`loongjax.cluster.ring`), where their mesh
+    has such an order; other devices as they are.
+    """
+    if devices[0].platform != "tpu":
+        return list(devices)
+    order = ring_order([device.coords for device in devices])
+    if order is None:
+        _log.warning(
+            "%d TPU chips have no ring of neighbours: hops take several links", len(devices)
+        )
+        return list(devices)
+    return [devices[at] for at in order]
 
 
 class GroupMeshes:

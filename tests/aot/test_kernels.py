@@ -9,13 +9,13 @@ import pytest
 
 from loongjax.aot import kernels
 from loongjax.aot.compilers import default_folder, install
-from loongjax.aot.kernel_cases import CASES
+from loongjax.aot.kernel_cases import CASES, cases_of
 from loongjax.aot.kernels import compile_kernels
 from loongjax.aot.targets import TARGETS, target_of
 from loongjax.errors import StepError
 
 # All of them by `scripts/compile_kernels.py`; these cover each kernel, dtype and head size.
-QUICK = tuple(CASES[i] for i in (0, 3, 4, 6, 8, 9))
+QUICK = tuple(CASES[i] for i in (0, 3, 4, 6, 8, 9, 10))
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +28,15 @@ def folder():
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 def test_kernels_compile_for_hardware_that_is_not_here(target, folder):
-    found = compile_kernels(target, QUICK, folder)
-    assert [CASES[kernel.case] for kernel in found] == list(QUICK)
+    cases = [case for case in QUICK if case in cases_of(target.chip)]
+    found = compile_kernels(target, cases, folder)
+    assert [CASES[kernel.case] for kernel in found] == cases
     for kernel in found:
         case = CASES[kernel.case]
         pool = case.kernel != "striped_attention"
         assert kernel.pool_copies == 0, case
-        assert kernel.aliased_bytes > 0 or case.kernel == "paged_attention", case
+        in_place = case.kernel != "paged_attention" and case.backend is None
+        assert kernel.aliased_bytes > 0 or not in_place, case
         if pool:
             assert kernel.temporary_bytes < 64e6, case  # the smallest pool has 490 MB
 

@@ -33,6 +33,15 @@ def test_layers_are_cut():
     assert plan_aot(request(layers=2)).programs.shapes.config.layers == 2
 
 
+def test_chunks_may_be_as_long_as_requests():
+    def chunk(**changes) -> int:
+        plan = plan_aot(request(max_chunk_tokens=16_384, **changes))
+        return plan.programs.catalogue.max_chunk_tokens
+
+    assert chunk() == 4096
+    assert chunk(max_model_len=524_288) == 16_384
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

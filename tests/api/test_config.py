@@ -39,5 +39,5 @@ def test_limits_themselves_are_taken() -> None:
 
 @pytest.mark.usefixtures("without_shape_checks")  # they would refuse it first
 def test_unknown_attention_backend_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="pallas-triton, interpret, interpret-tpu, not 'cuda'"):
+    with pytest.raises(ConfigError, match="pallas-hopper, interpret, interpret-tpu, not 'cuda'"):
         EngineConfig(**{"attention_backend": "cuda"})

@@ -121,7 +121,7 @@ def test_a_prompt_that_compiled_does_not_rule_out_longer_ones(monkeypatch):
 
 
 def test_the_standard_cells():
-    names = [cell.what for cell in standard_cells(97)]
+    names = [cell.what for cell in standard_cells(65)]
     assert names == [
         "prefill 2048",
         "prefill 8192",
@@ -129,7 +129,7 @@ def test_the_standard_cells():
         "decode batch 8",
         "decode batch 32",
     ]
-    assert longest(standard_cells(97)) == 8193
+    assert longest(standard_cells(65)) == 8193
 
 
 def test_no_peer_is_the_best_of_none():

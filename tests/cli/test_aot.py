@@ -42,10 +42,17 @@ def asked(monkeypatch):
 
 def test_options_become_a_request(asked, capsys):
     more = ["--degrees", "8,1", "--layers", "2", "--pool-slots", "99", "--jobs", "3", "--json"]
+    more += ["--max-model-len", "65536", "--quick"]
     assert main(ARGUMENTS + more) == 0
     assert asked["jobs"] == 3
     assert asked["request"] == AotRequest(
-        target="v5e:2x4", model_shape="llama3-8b", degrees=(1, 8), layers=2, pool_slots=99
+        target="v5e:2x4",
+        model_shape="llama3-8b",
+        degrees=(1, 8),
+        layers=2,
+        pool_slots=99,
+        max_model_len=65_536,
+        quick=True,
     )
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["programs"] == [PROGRAM]

@@ -22,6 +22,7 @@ from pallas_kernels.paged_attention import (
     spread_heads,
 )
 from pallas_kernels.partials import Partial
+from tests.pallas_kernels import exact
 from tests.pallas_kernels.cases import assert_close, draw, rounding_bounds
 
 ROWS, LAYERS, HEAD_DIM = 5, 2, 8
@@ -37,6 +38,11 @@ class Shape:
     heads: int
     kv_heads: int
     dtype: str
+    soft_cap: float | None = None
+
+    @property
+    def options(self) -> dict:
+        return {"scale": SCALE, "soft_cap": self.soft_cap}
 
     @property
     def slots(self) -> int:
@@ -49,9 +55,9 @@ class Shape:
 
 SHAPES = [
     Shape(1, 300, 4, 2, "float32"),
-    Shape(3, 100, 9, 3, "bfloat16"),
+    Shape(3, 100, 9, 3, "bfloat16", soft_cap=2.0),
     Shape(16, 20, 4, 4, "float32"),
-    Shape(16, 20, 9, 3, "float32"),
+    Shape(16, 20, 9, 3, "float32", soft_cap=2.0),
     Shape(128, 4, 4, 1, "bfloat16"),
 ]
 
@@ -126,13 +132,13 @@ def stored(values: np.ndarray) -> np.ndarray:
 @lru_cache
 def compiled(shape: Shape):
     return jax.jit(
-        partial(paged_attention, block_size=shape.block_size, scale=SCALE, decode=from_stored)
+        partial(paged_attention, block_size=shape.block_size, decode=from_stored, **shape.options)
     )
 
 
 @lru_cache
 def compiled_reference(shape: Shape):
-    return jax.jit(partial(reference.attention, scale=SCALE))
+    return jax.jit(partial(reference.attention, **shape.options))
 
 
 def visible(case: Case) -> np.ndarray:
@@ -149,6 +155,8 @@ def check(case: Case, shape: Shape, layer: int) -> Partial:
     used = visible(case).any(0)
     bounds = rounding_bounds(case.q, k[used], v[used], scale=SCALE)
     assert_close(found, wanted, bounds)
+    wanted = exact.attention(case.q, k, v, visible(case), **shape.options)
+    exact.error_of(found, wanted, shape.dtype, kernel="paged_attention", path="XLA")
     return found
 
 

@@ -23,7 +23,6 @@ from tests.pallas_kernels.races import no_races
 from tests.pallas_kernels.test_paged_attention import (
     LAYERS,
     ROWS,
-    SCALE,
     Case,
     Shape,
     random_case,
@@ -39,14 +38,13 @@ class Path:
     shape: Shape
     rows_at_once: int
     tiling: Tiling | None = None
-    soft_cap: float | None = None
 
 
 PATHS = [
     Path(Shape(4, 20, 9, 3, "float32"), 1, Tiling(1, 16, 4)),
-    Path(Shape(1, 80, 4, 1, "bfloat16"), 3, Tiling(3, 32, 1), soft_cap=2.0),
+    Path(Shape(1, 80, 4, 1, "bfloat16", soft_cap=2.0), 3, Tiling(3, 32, 1)),
     Path(Shape(3, 30, 4, 4, "float32"), 3, Tiling(3, 16, 2)),
-    Path(Shape(4, 60, 9, 3, "float32"), 3, soft_cap=2.0),
+    Path(Shape(4, 60, 9, 3, "float32", soft_cap=2.0), 3),
     Path(Shape(1, 150, 4, 1, "bfloat16"), 1),
     Path(Shape(16, 12, 4, 4, "float32"), 2),
 ]
@@ -57,7 +55,7 @@ GPU, TPU = PATHS[0], PATHS[3]
 def compiled(path: Path, interpret=True):
     attend = tpu.paged_attention if path.tiling is None else gpu.paged_attention
     options = {} if path.tiling is None else {"tiling": path.tiling}
-    options |= {"scale": SCALE, "soft_cap": path.soft_cap, "rows_at_once": path.rows_at_once}
+    options |= {**path.shape.options, "rows_at_once": path.rows_at_once}
     return jax.jit(
         partial(
             attend,
@@ -77,9 +75,10 @@ def attend(path: Path, case: Case, layer: int, interpret=True) -> Partial:
 
 def check(path: Path, case: Case, layer: int, interpret=True) -> None:
     found = attend(path, case, layer, interpret)
-    options = {"scale": SCALE, "soft_cap": path.soft_cap}
-    wanted = exact.attention(case.q, case.k[layer], case.v[layer], visible(case), **options)
-    exact.assert_near(found, wanted, path.shape.dtype)
+    k, v = case.k[layer], case.v[layer]
+    wanted = exact.attention(case.q, k, v, visible(case), **path.shape.options)
+    name = "TPU" if path.tiling is None else "GPU"
+    exact.assert_near(found, wanted, path.shape.dtype, kernel="paged_attention", path=name)
 
 
 def share_entries(case: Case, rows: slice) -> None:

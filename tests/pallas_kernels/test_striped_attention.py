@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pallas_kernels import reference
 from pallas_kernels.partials import Carry, Partial, empty_carry, finish
 from pallas_kernels.striped_attention import fold_stripe, tile_size
+from tests.pallas_kernels import exact
 from tests.pallas_kernels.cases import assert_close, draw, rounding_bounds
 
 
@@ -28,19 +29,24 @@ class Shape:
     kv_heads: int
     head_dim: int
     dtype: str
+    soft_cap: float | None = None
 
     @property
     def scale(self) -> float:
         return self.head_dim**-0.5
 
+    @property
+    def options(self) -> dict:
+        return {"scale": self.scale, "soft_cap": self.soft_cap}
+
 
 SHAPES = [
     Shape(7, 1, 4, 2, 16, "float32"),
     Shape(12, 4, 4, 1, 8, "float32"),
-    Shape(48, 16, 9, 3, 16, "float32"),
+    Shape(48, 16, 9, 3, 16, "float32", soft_cap=2.0),
     Shape(64, 64, 4, 4, 16, "float32"),
     Shape(20, 4, 9, 3, 8, "bfloat16"),
-    Shape(96, 32, 4, 2, 16, "bfloat16"),
+    Shape(96, 32, 4, 2, 16, "bfloat16", soft_cap=2.0),
 ]
 MAX_DEGREE = 4
 WIDE = Shape(512, 256, 2, 1, 8, "float32")
@@ -105,12 +111,12 @@ def packings(draw_from, tokens: int) -> Packing:
 
 @lru_cache
 def compiled_reference(shape: Shape):
-    return jax.jit(partial(reference.attention, scale=shape.scale))
+    return jax.jit(partial(reference.attention, **shape.options))
 
 
 @lru_cache
 def compiled(shape: Shape):
-    return jax.jit(partial(fold_stripe, scale=shape.scale))
+    return jax.jit(partial(fold_stripe, **shape.options))
 
 
 def random_qkv(packing: Packing, shape: Shape, seed: int) -> list[np.ndarray]:
@@ -173,6 +179,8 @@ def test_ring_equals_attention_of_the_unstriped_prompts(shape, data, window, see
     found = ring(qkv, packing, shape, window)
     wanted = whole(qkv, packing, shape, window)
     assert_close(found, wanted, rounding_bounds(*qkv, scale=shape.scale))
+    wanted = exact.attention(*qkv, packing.visible(window), **shape.options)
+    exact.error_of(found, wanted, shape.dtype, kernel="striped_attention", path="XLA")
 
 
 def test_prompts_of_several_tiles():

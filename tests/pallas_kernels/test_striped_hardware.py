@@ -37,13 +37,12 @@ class Path:
     shape: Shape
     tiles: Tiles
     on_tpu: bool
-    soft_cap: float | None = None
 
 
 PATHS = [
     Path(Shape(32, 0, 9, 3, 16, "float32"), Tiles(8, 8), on_tpu=False),
-    Path(Shape(32, 0, 4, 1, 16, "bfloat16"), Tiles(16, 8), on_tpu=False, soft_cap=2.0),
-    Path(Shape(32, 0, 9, 3, 16, "float32"), Tiles(8, 16), on_tpu=True, soft_cap=2.0),
+    Path(Shape(32, 0, 4, 1, 16, "bfloat16", soft_cap=2.0), Tiles(16, 8), on_tpu=False),
+    Path(Shape(32, 0, 9, 3, 16, "float32", soft_cap=2.0), Tiles(8, 16), on_tpu=True),
     Path(Shape(32, 0, 4, 4, 16, "bfloat16"), Tiles(16, 8), on_tpu=True),
 ]
 
@@ -51,8 +50,7 @@ PATHS = [
 @lru_cache
 def compiled(path: Path):
     fold = tpu.fold_stripe if path.on_tpu else gpu.fold_stripe
-    options = {"scale": path.shape.scale, "soft_cap": path.soft_cap, "tiles": path.tiles}
-    return jax.jit(partial(fold, **options, interpret=True))
+    return jax.jit(partial(fold, **path.shape.options, tiles=path.tiles, interpret=True))
 
 
 def ring(fold, qkv, packing: Packing, shape: Shape, window: int | None) -> Partial:
@@ -82,9 +80,9 @@ def ring(fold, qkv, packing: Packing, shape: Shape, window: int | None) -> Parti
 def check(fold, path: Path, packing: Packing, window: int | None, seed: int) -> None:
     qkv = random_qkv(packing, path.shape, seed)
     found = ring(fold, qkv, packing, path.shape, window)
-    options = {"scale": path.shape.scale, "soft_cap": path.soft_cap}
-    wanted = exact.attention(*qkv, packing.visible(window), **options)
-    exact.assert_near(found, wanted, path.shape.dtype)
+    wanted = exact.attention(*qkv, packing.visible(window), **path.shape.options)
+    name = "TPU" if path.on_tpu else "GPU"
+    exact.assert_near(found, wanted, path.shape.dtype, kernel="striped_attention", path=name)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=str)
@@ -97,8 +95,8 @@ def test_ring_equals_attention_of_the_unstriped_prompts(path, data, window, seed
 def test_tpu_copies_do_not_race():
     """Memory that was never written is NaN under this interpreter."""
     path = PATHS[2]
-    options = {"scale": path.shape.scale, "soft_cap": path.soft_cap, "tiles": path.tiles}
-    fold = jax.jit(partial(tpu.fold_stripe, **options, interpret=RACES))
+    options = {**path.shape.options, "tiles": path.tiles, "interpret": RACES}
+    fold = jax.jit(partial(tpu.fold_stripe, **options))
     with no_races():
         check(fold, path, Packing((9, 30), 2, path.shape.tokens), 13, 7)
 
