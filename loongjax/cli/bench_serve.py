@@ -7,7 +7,6 @@ import json
 from typing import Any
 
 from loongjax.cli.options import add_engine_options, add_json_option
-from loongjax.cli.serve import add_planning_options
 from loongjax.errors import ConfigError
 
 _DESCRIPTION = """\
@@ -34,7 +33,6 @@ def add_command(benches: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_engine_options(parser)
-    add_planning_options(parser)
     load = parser.add_argument_group("load")
     load.add_argument(
         "--rate", type=_rates, default=(), metavar="R,R,…", help="requests a second, a run for each"

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from loongjax.api.build import BuiltEngine
     from serving.config import ServeConfig
 
+_KEPT_STEPS = 10_000
+
 _EPILOG = """\
 examples:
   loongjax serve --model demo --instances 4 --http-port 8000
@@ -38,30 +40,11 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_engine_options(parser)
-    add_planning_options(parser)
     _add_server_options(parser)
     _add_guard_options(parser)
     _add_limit_options(parser)
     add_json_option(parser)
     parser.set_defaults(run=run)
-
-
-def add_planning_options(parser: argparse.ArgumentParser) -> None:
-    """`--policy`, `--cost-model` and `--max-chunk-tokens`."""
-    group = parser.add_argument_group("planning")
-    group.add_argument(
-        "--policy", default="first_come", help="who plans, as in simulate (default first_come)"
-    )
-    group.add_argument(
-        "--cost-model", type=Path, metavar="FILE", help="times of steps, which other policies need"
-    )
-    group.add_argument(
-        "--max-chunk-tokens",
-        type=int,
-        default=2048,
-        metavar="N",
-        help="prompt tokens that an instance computes in one step at most (default 2048)",
-    )
 
 
 def _add_server_options(parser: argparse.ArgumentParser) -> None:
@@ -179,14 +162,12 @@ def run_server(options: argparse.Namespace, prepare: Callable[[BuiltEngine], obj
 
 
 def serve_engine_config(options: argparse.Namespace) -> EngineConfig:
-    """The engine that the options ask for."""
+    """The engine that the options ask for; it makes every program before it is ready.
+
+    Nobody looks back at a server's steps: who wants to see them follows them.
+    """
     config = engine_config(**llm_arguments(options), warm_up=True)
-    return dataclasses.replace(
-        config,
-        policy=options.policy,
-        cost_model=options.cost_model,
-        max_chunk_tokens=options.max_chunk_tokens,
-    )
+    return dataclasses.replace(config, kept_steps=_KEPT_STEPS)
 
 
 def _serve_config(options: argparse.Namespace) -> ServeConfig:

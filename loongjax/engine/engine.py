@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import atexit
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from types import TracebackType
 
 from loongjax.engine.admission import Admission
 from loongjax.engine.front import ChangePolicy, Drain, Front
 from loongjax.engine.handle import OnEvent, OnSampleEvent, RequestHandle
-from loongjax.engine.history import History
+from loongjax.engine.history import MAX_RECORDS, History
 from loongjax.engine.loop import Loop
 from loongjax.engine.messages import (
     EngineStats,
@@ -32,7 +32,7 @@ from loongjax.errors import ConfigError, StepError
 from loongjax.executor.host_time import HostTime
 from loongjax.executor.protocol import Executor
 from loongjax.kvcache import BlockAllocator
-from loongjax.plan import InstanceId, RequestId, Snapshot, StepResult, Topology
+from loongjax.plan import InstanceId, RequestId, Snapshot, Topology
 from loongjax.scheduler.policy import Policy
 
 
@@ -57,7 +57,7 @@ class Engine:
         max_model_len: int,
         eos_ids: Iterable[int] = (),
         host_time: HostTime | None = None,
-        on_result: Callable[[StepResult], object] = lambda result: None,
+        kept_steps: int = MAX_RECORDS,
     ) -> None:
         """Starts the loop. From here on the executor belongs to the engine, which closes it.
 
@@ -69,8 +69,8 @@ class Engine:
           vocab_size: Token ids are in [0, vocab_size).
           max_model_len: Tokens of prompt and answer together.
           eos_ids: Tokens that end an answer, unless a request ignores them.
+          kept_steps: Steps, and ended requests, that are kept for looking back.
           host_time: The executor's, if it has one: it knows more phases than the engine sees.
-          on_result: Hears of every step that ended, on the loop's thread.
         """
         limits = executor.limits
         self.limits = Admission(
@@ -86,7 +86,7 @@ class Engine:
         self.pool_slots = allocator.slots
         self._front = Front(admission=self.limits, now=executor.now, wake=executor.wake)
         self._state = State(allocator=allocator, topology=topology, limits=limits)
-        self._history = History()
+        self._history = History(max_records=kept_steps)
         self._steering = threading.Lock()
         self._drained: frozenset[InstanceId] = frozenset()
         self._loop = Loop(
@@ -97,7 +97,6 @@ class Engine:
             history=self._history,
             host_time=self.host_time,
             eos_ids=frozenset(eos_ids),
-            on_result=on_result,
         )
         self._thread = threading.Thread(target=self._loop.run, name="loongjax-engine", daemon=True)
         self._thread.start()
@@ -207,7 +206,7 @@ class Engine:
         )
 
     def steps(self) -> tuple[StepRecord, ...]:
-        """The latest steps, in the order in which they ended (up to 100,000 are kept)."""
+        """The latest steps, in the order in which they ended (`kept_steps` of them)."""
         return self._history.steps()
 
     def steps_since(self, seen: int) -> tuple[tuple[StepRecord, ...], int]:
@@ -221,11 +220,11 @@ class Engine:
         return self._history.steps_of(request_id)
 
     def requests(self) -> tuple[RequestRecord, ...]:
-        """The requests that ended last (up to 100,000), and those that are open."""
+        """The requests that ended last (`kept_steps` of them), and those that are open."""
         return self._history.requests(self._state.published)
 
     def pool_samples(self) -> tuple[PoolSample, ...]:
-        """Every change of the KV pool's use, by time (up to 200,000 are kept)."""
+        """Every change of the KV pool's use, by time (two for each step that is kept)."""
         return self._history.pool()
 
     def check_integrity(self) -> None:

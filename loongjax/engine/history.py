@@ -40,10 +40,10 @@ from loongjax.programs.counts import ProgramCounts
 
 MAX_RECORDS = 100_000
 """Of steps; as many ended requests are kept."""
-MAX_MENTIONS = 1_000_000
-"""Request names in all records together: about 32 bytes each."""
-MAX_SAMPLES = 200_000
-"""Of the pool: about 150 bytes each."""
+MENTIONS = 10
+"""Requests that are named in a record that is kept, on average at most: about 160 bytes each."""
+SAMPLES = 2
+"""Of the pool, for each record that is kept: about 150 bytes each."""
 
 
 _KINDS: dict[type[Step], StepKind] = {
@@ -71,12 +71,12 @@ class History:
         self,
         *,
         max_records: int = MAX_RECORDS,
-        max_mentions: int = MAX_MENTIONS,
-        max_samples: int = MAX_SAMPLES,
+        max_mentions: int | None = None,
+        max_samples: int | None = None,
     ) -> None:
         self._max_records = max_records
-        self._max_mentions = max_mentions
-        self._max_samples = max_samples
+        self._max_mentions = max_mentions or MENTIONS * max_records
+        self._max_samples = max_samples or SAMPLES * max_records
         self._lock = threading.Lock()
         self._ended_steps: deque[_Ended] = deque()
         self._by_request: dict[RequestId, deque[_Ended]] = {}

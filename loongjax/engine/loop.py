@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 
 from loongjax.engine.forks import Forks, make_stem
 from loongjax.engine.front import Abort, ChangePolicy, Door, Drain, Samples, Submission
@@ -36,6 +35,7 @@ from loongjax.executor.host_time import HostTime
 from loongjax.executor.protocol import Executor, RequestInput
 from loongjax.plan import Group, Plan, RequestId, Snapshot, Step, StepResult
 from loongjax.scheduler import validate
+from loongjax.scheduler.learning import Learning
 from loongjax.scheduler.policy import Policy
 
 _log = logging.getLogger(__name__)
@@ -63,10 +63,7 @@ class Loop:
         history: History,
         host_time: HostTime,
         eos_ids: frozenset[int],
-        on_result: Callable[[StepResult], object] = lambda result: None,
     ) -> None:
-        """`on_result` hears of every step that ended, before anything comes of it."""
-        self._on_result = on_result
         self._executor = executor
         self._policy = policy
         self._state = state
@@ -268,7 +265,8 @@ class Loop:
 
     def _land(self, result: StepResult) -> bool:
         """Books a result; says whether the policy should know."""
-        self._on_result(result)
+        if isinstance(self._policy, Learning):
+            self._policy.observe(result)
         step, ended = self._state.land(result.seq)
         before = len(self._state.open)
         self._history.add_step(step, result)

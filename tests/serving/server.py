@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,8 +19,8 @@ import grpc
 from smg_grpc_proto import vllm_engine_pb2 as pb
 from smg_grpc_proto import vllm_engine_pb2_grpc as pb_grpc
 
-PATIENCE_S = 60.0
-EXIT_S = 120.0
+PATIENCE_S = 300.0  # before a test fails; machines may be busy
+ENDLESS = {"n": 128, "max_tokens": 250, "ignore_eos": True}  # 60 times what the pool holds
 SERVE = ("-m", "loongjax.cli.main", "serve")
 ENGINE = (
     "--instances", "2", "--max-model-len", "256", "--pool-slots", "256", "--max-chunk-tokens", "64"
@@ -48,6 +50,18 @@ class Server:
         """Its URL."""
         return self.report["http"]
 
+    def wait_for(self, metric: str, value: float, context: ssl.SSLContext | None = None) -> None:
+        """Until a metric that has no further labels has a value."""
+        end = time.monotonic() + PATIENCE_S
+        while time.monotonic() < end:
+            with urllib.request.urlopen(f"{self.http}/metrics", context=context) as response:
+                lines = response.read().decode().splitlines()
+            (line,) = [each for each in lines if each.startswith(f"{metric}{{")]
+            if float(line.split()[-1]) == value:
+                return
+            time.sleep(0.05)
+        raise AssertionError(f"{line}, not {value}")
+
     def wait_until_idle(self) -> None:
         """Until no request is open, and no slot of the pool in use."""
         end = time.monotonic() + PATIENCE_S
@@ -64,7 +78,7 @@ class Server:
     def terminate(self) -> int:
         """Sends SIGTERM and gives the exit code."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(EXIT_S)
+        return self.process.wait(PATIENCE_S)
 
 
 @contextmanager
@@ -89,9 +103,9 @@ def server(
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
-        assert line, f"the server ended with code {process.wait(EXIT_S)}"
+        assert line, f"the server ended with code {process.wait(PATIENCE_S)}"
         yield Server(process=process, report=json.loads(line))
     finally:
         process.kill()
-        process.wait(EXIT_S)
+        process.wait(PATIENCE_S)
         process.stdout.close()

@@ -8,7 +8,7 @@ import pytest
 from serving.stubs import cluster_pb2 as pb
 from serving.stubs import cluster_pb2_grpc as pb_grpc
 from serving.stubs import inference_pb2, inference_pb2_grpc
-from tests.serving.server import PATIENCE_S
+from tests.serving.server import ENDLESS, PATIENCE_S
 from tests.serving.test_inference import generate, ids_of, request
 
 pytestmark = pytest.mark.xdist_group("server")
@@ -32,8 +32,7 @@ def refusal(call) -> str:
 
 
 def test_the_state_is_told_again_and_again(stub, inference):
-    many = [request(max_tokens=250, ignore_eos=True)] * 40
-    batch = inference.GenerateBatch(inference_pb2.GenerateBatchRequest(requests=many))
+    call = inference.Generate(request(**ENDLESS))
     watch = stub.Watch(pb.WatchRequest(interval_s=0.1), timeout=PATIENCE_S)
     states = [next(watch)]
     while not states[-1].groups or not states[-1].running:
@@ -45,7 +44,7 @@ def test_the_state_is_told_again_and_again(stub, inference):
     names = [name for group in state.groups for name in group.requests]
     assert names
     watch.cancel()
-    batch.cancel()
+    call.cancel()
 
 
 def test_an_interval_has_a_limit(stub):

@@ -9,6 +9,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import grpc
 import pytest
@@ -17,13 +19,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from loongjax.sampling.params import SamplingParams
 from serving.client import Client, ClientTls, RetryPolicy, ServerError
 from serving.stubs import cluster_pb2, cluster_pb2_grpc
-from tests.serving.server import PATIENCE_S, server
+from tests.serving.server import ENDLESS, PATIENCE_S, Server, server
 from tests.serving.tls import make_certificates
 
 pytestmark = pytest.mark.xdist_group("server")
 
 ALICE, BOB, ROOT = "alice-" + "a" * 16, "bob-" + "b" * 16, "root-" + "r" * 16
-LONG = SamplingParams(n=16, max_tokens=250, ignore_eos=True)  # more than the pool holds at once
+LONG = SamplingParams(**ENDLESS)
 SHORT = SamplingParams(temperature=0, max_tokens=3)
 
 
@@ -144,7 +146,7 @@ def test_a_client_needs_a_certificate(guarded, files):
         tls=ClientTls(ca=files / "ca.pem"),
         retry=RetryPolicy(attempts=1),
     ) as client:
-        assert code(lambda: client.generate("hello", SHORT, timeout_s=10)) == "UNAVAILABLE"
+        assert code(lambda: client.generate("hello", SHORT, timeout_s=PATIENCE_S)) == "UNAVAILABLE"
     bare = ssl.create_default_context(cafile=files / "ca.pem")
     with pytest.raises(OSError, match=r"(?i)certificate|reset|closed|eof|ssl"):
         status_of(f"{guarded.http}/health", bare)
@@ -159,44 +161,53 @@ def test_tokens_may_change_while_it_runs(connect, files):
     assert client.tokenize("a") == (97,)
 
 
-def test_limits(connect):
+@contextmanager
+def full(client: Client, guarded: Server, context: ssl.SSLContext) -> Iterator[None]:
+    """Two requests in the engine, as many as it may have: one fills it, one has to wait."""
+    guarded.wait_for("loongjax:open_requests", 0, context)
+    first, second = (client.stream("a", LONG) for _ in range(2))
+    next(first)
+    thread = threading.Thread(target=next, args=(second,))
+    thread.start()
+    try:
+        guarded.wait_for("loongjax:open_requests", 2, context)
+        yield
+    finally:
+        first.close()
+        thread.join(PATIENCE_S)
+        second.close()
+
+
+def test_a_prompt_has_a_limit(connect):
+    said = "has 101 tokens, and max_prompt_tokens is 100"
+    with pytest.raises(ServerError, match=said) as refused:
+        connect(ALICE).generate("x" * 101, SHORT)
+    assert refused.value.code == "INVALID_ARGUMENT"
+
+
+def test_one_too_many_is_told_when_to_come_again(connect, guarded, context):
     client = connect(ALICE)
-    assert code(lambda: client.generate("x" * 101, SHORT)) == "INVALID_ARGUMENT"
-    streams = [client.stream("a", LONG) for _ in range(2)]
-    for stream in streams:
-        next(stream)
-    waiting = client.batch(["b"], SHORT)
-    for stream in streams:
-        stream.close()
-    assert [answer.error for answer in waiting] == [None]
+    answers = []
+    waiting = threading.Thread(target=lambda: answers.append(client.generate("c", SHORT)))
+    with full(client, guarded, context):
+        waiting.start()
+        guarded.wait_for("loongjax:gate_waiting_tokens", 1, context)
+        with pytest.raises(ServerError, match="max_requests is 2, max_queue 1") as refused:
+            client.generate("d", SHORT)
+        assert (refused.value.code, refused.value.retry_after_s) == ("RESOURCE_EXHAUSTED", 1.0)
+    waiting.join(PATIENCE_S)
+    assert len(answers) == 1
 
 
-def refusal_of_a_fourth(client: Client) -> ServerError | None:
-    """Asked again and again until the third one waits."""
-    end = time.monotonic() + PATIENCE_S
-    while time.monotonic() < end:
-        try:
-            client.generate("d", SamplingParams(max_tokens=1), timeout_s=0.2)
-        except ServerError as error:
-            if error.code != "DEADLINE_EXCEEDED":
-                return error
-    return None
-
-
-def test_one_too_many_is_told_when_to_come_again(connect):
+def test_a_batch_waits_where_others_are_refused(connect, guarded, context):
     client = connect(ALICE)
-    streams = [client.stream("a", LONG) for _ in range(2)]
-    for stream in streams:
-        next(stream)
-    third = threading.Thread(target=lambda: client.generate("c", SHORT))
-    third.start()
-    refused = refusal_of_a_fourth(client)
-    assert refused is not None
-    assert refused.retry_after_s == 1.0
-    assert "max_requests is 2, max_queue 1" in str(refused)
-    for stream in streams:
-        stream.close()
-    third.join(PATIENCE_S)
+    answers = []
+    waiting = threading.Thread(target=lambda: answers.extend(client.batch(["c"] * 3, SHORT)))
+    with full(client, guarded, context):
+        waiting.start()
+        guarded.wait_for("loongjax:gate_waiting_tokens", 1, context)
+    waiting.join(PATIENCE_S)
+    assert [answer.error for answer in answers] == [None] * 3
 
 
 def test_the_log_is_json_and_names_requests_but_no_tokens(connect, log):
