@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loongjax.errors import ConfigError, EngineClosedError
+from loongjax.plan import Plan, Snapshot, StepResult
+from loongjax.scheduler.learning import Learning
 from loongjax.scheduler.policies.first_come import FirstCome
 from tests.engine.fake_executor import answer
 from tests.engine.rig import Rig, Wrapped, collect, rig
@@ -112,6 +114,29 @@ def test_another_policy_plans_from_then_on() -> None:
     for steer in (lambda: engine.set_policy(second), lambda: engine.drain(0)):
         with pytest.raises(EngineClosedError):
             steer()
+
+
+class Listening(Learning):
+    """Keeps what it hears."""
+
+    def __init__(self) -> None:
+        super().__init__(FirstCome(), cost=None)
+        self.heard: list[int] = []
+
+    def schedule(self, now: float, snapshot: Snapshot) -> Plan:
+        return self.inner.schedule(now, snapshot)
+
+    def observe(self, result: StepResult) -> None:
+        self.heard.append(result.seq)
+
+
+def test_a_policy_that_learns_hears_of_steps_from_then_on() -> None:
+    second = Listening()
+    with rig(policy=FirstCome()) as parts:
+        collect(parts.submit("a"))
+        parts.engine.set_policy(second)
+        collect(parts.submit("b"))
+        assert second.heard == [record.seq for record in parts.engine.steps_of("b")]
 
 
 def test_steps_since_gives_each_step_once() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.client
 import json
 import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 
 import grpc
 import pytest
@@ -27,11 +29,8 @@ def test_the_engine_dies(model, cache):
         server(model, cache, program=program) as it,
         grpc.insecure_channel(it.grpc) as channel,
         Client(it.grpc, retry=RetryPolicy(attempts=1)) as client,
+        _stream_http(it.http) as events,
     ):
-        service = health_pb2.HealthCheckRequest(service="loongjax.v1.Inference")
-        watch = health_pb2_grpc.HealthStub(channel).Watch(service, timeout=PATIENCE_S)
-        assert next(watch).status == HealthCheckResponse.SERVING
-        events = _stream_http(it.http)  # has begun
         codes: list[str] = []
 
         def wait() -> None:
@@ -40,6 +39,9 @@ def test_the_engine_dies(model, cache):
             except ServerError as error:
                 codes.append(error.code)
 
+        service = health_pb2.HealthCheckRequest(service="loongjax.v1.Inference")
+        watch = health_pb2_grpc.HealthStub(channel).Watch(service, timeout=PATIENCE_S)
+        assert next(watch).status == HealthCheckResponse.SERVING
         threads = [threading.Thread(target=wait) for _ in range(3)]
         for thread in threads:
             thread.start()
@@ -57,8 +59,7 @@ def test_the_engine_dies(model, cache):
         assert it.process.wait(PATIENCE_S) == 1
 
 
-def test_a_client_rides_over_a_restart(model, cache, running):
-    """Calls that meet a server which drains are sent again; see `RetryPolicy`."""
+def test_who_is_cut_off_is_told_and_the_next_start_compiles_nothing(model, cache, running):
     with server(model, cache, "--grace-s", "0") as it:
         with Client(it.grpc, retry=RetryPolicy(attempts=1)) as client:
             stream = client.stream("a", LONG)
@@ -76,10 +77,12 @@ def test_a_client_rides_over_a_restart(model, cache, running):
     assert it.report["programs"]["compiled"] == 0  # from the library
 
 
-def _stream_http(url: str) -> http.client.HTTPResponse:
+@contextmanager
+def _stream_http(url: str) -> Iterator[http.client.HTTPResponse]:
+    """A stream that has begun."""
     connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=PATIENCE_S)
-    body = {"model": "tiny", "prompt": "a", "stream": True} | ENDLESS
-    connection.request(
-        "POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"}
-    )
-    return connection.getresponse()
+    body = json.dumps({"model": "tiny", "prompt": "a", "stream": True} | ENDLESS)
+    with closing(connection):
+        connection.request("POST", "/v1/completions", body, {"content-type": "application/json"})
+        with connection.getresponse() as response:
+            yield response
