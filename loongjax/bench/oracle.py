@@ -79,7 +79,7 @@ class Oracle:
 
 
 def _attend(
-    state: None, *, layer: int, window: int | None, q_TxHxD: Any, k_TxGxD: Any, v_TxGxD: Any
+    state: None, *, layer: Any, window: int | None, q_TxHxD: Any, k_TxGxD: Any, v_TxGxD: Any
 ) -> tuple[Any, None]:
     index = jnp.arange(len(q_TxHxD))
     visible = index[:, None] >= index

@@ -32,7 +32,7 @@ from loongjax.errors import ConfigError, StepError
 from loongjax.executor.host_time import HostTime
 from loongjax.executor.protocol import Executor
 from loongjax.kvcache import BlockAllocator
-from loongjax.plan import InstanceId, RequestId, Snapshot, Topology
+from loongjax.plan import InstanceId, RequestId, Step, Topology
 from loongjax.scheduler.policy import Policy
 
 
@@ -191,9 +191,9 @@ class Engine:
         self._front.steer(ChangePolicy(policy=policy))
 
     @property
-    def snapshot(self) -> Snapshot:
-        """What the policy last saw, or a little newer."""
-        return self._state.published
+    def in_flight(self) -> tuple[Step, ...]:
+        """The steps that run or are queued, by launch."""
+        return tuple(self._state.flying.values())
 
     def stats(self) -> EngineStats:
         """The engine as it was a moment ago, and its counters."""

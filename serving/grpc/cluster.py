@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
+from collections.abc import Sequence
 
 from loongjax.engine import StepRecord
 from loongjax.errors import RequestError
-from loongjax.plan import Snapshot
+from loongjax.plan import Group, Step, step_requests
 from serving.grpc.guarding import Context
 from serving.steering import Steering
 from serving.steps import StepFeed
@@ -69,35 +69,27 @@ class ClusterServicer(pb_grpc.ClusterServicer):
         return pb.GetCostModelResponse(json=self._steering.cost_model_json())
 
     def _state(self) -> pb.ClusterState:
-        stats, snapshot = self._engine.stats(), self._engine.snapshot
+        stats = self._engine.stats()
         return pb.ClusterState(
             time=self._engine.now(),
             instances=[
                 pb.Instance(id=each.id, slots=each.slots, used=each.used, is_draining=each.draining)
                 for each in stats.instances
             ],
-            groups=_groups(snapshot),
+            groups=_groups(self._engine.in_flight),
             waiting=stats.waiting,
             running=stats.running,
             policy=self._steering.policy,
         )
 
 
-def _groups(snapshot: Snapshot) -> list[pb.Group]:
-    """Who works together now: instances that wait for the same step, and those with KV there."""
-    busy: dict[int, list[int]] = defaultdict(list)
-    for instance in snapshot.instances:
-        if instance.busy_seq is not None:
-            busy[instance.busy_seq].append(instance.id)
-    views = [
-        view for view in (*snapshot.running, *snapshot.waiting) if view.id in snapshot.in_flight
-    ]
+def _groups(steps: Sequence[Step]) -> list[pb.Group]:
+    """Who works together now; of steps that are queued behind each other, the first one runs."""
+    running: dict[Group, Step] = {}
+    for step in steps:
+        running.setdefault(step.group, step)
     return [
-        pb.Group(
-            instances=group,
-            requests=[view.id for view in views if not view.homes.isdisjoint(group)],
-        )
-        for group in busy.values()
+        pb.Group(instances=group, requests=step_requests(step)) for group, step in running.items()
     ]
 
 
