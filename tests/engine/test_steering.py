@@ -120,7 +120,7 @@ class Listening(Learning):
     """Keeps what it hears."""
 
     def __init__(self) -> None:
-        super().__init__(FirstCome(), cost=None)
+        self.inner = FirstCome()  # which asks for no cost
         self.heard: list[int] = []
 
     def schedule(self, now: float, snapshot: Snapshot) -> Plan:
