@@ -151,7 +151,9 @@ class InstanceView:
       id: Its number, from 0.
       slots: KV tokens that its pool holds.
       free_slots: Slots in blocks that nobody holds (room in partly filled blocks is in
-        `RequestView.tail`).
+        `RequestView.tail`), and that may be taken.
+      withheld: Such slots that may not be taken, since the instance is to run empty; then
+        `free_slots` is 0.
       busy_seq: The newest step in flight that involves it, or None when it is idle. Another
         one may run before it, on the same group (`Plan.ahead`).
       prefill_seq: The newest prefill step that was launched on it, in flight or done; None
@@ -161,6 +163,7 @@ class InstanceView:
     id: InstanceId
     slots: int
     free_slots: int
+    withheld: int = 0
     busy_seq: int | None = None
     prefill_seq: int | None = None
 
