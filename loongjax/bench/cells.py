@@ -52,21 +52,26 @@ class Cell:
     prompt: int
     tokens: int
 
+    @property
+    def is_prefill(self) -> bool:
+        """Whether the time to the first token is what counts."""
+        return self.tokens == 1
+
     def rate(self, timing: Timing) -> float:
         """Tokens per second."""
-        if self.tokens == 1:
+        if self.is_prefill:
             return self.batch * self.prompt / timing.first_s
         return timing.window_tokens / timing.window_s
 
     def cpu_s(self, timing: Timing) -> float:
         """CPU time per token [s]."""
-        if self.tokens == 1:
+        if self.is_prefill:
             return timing.first_cpu_s / (self.batch * self.prompt)
         return timing.window_cpu_s / timing.window_tokens
 
     def expected_s(self, timing: Timing) -> float:
         """Duration of the whole job, from that of one with shorter answers [s]."""
-        if self.tokens == 1:
+        if self.is_prefill:
             return timing.first_s
         return timing.first_s + self.batch * (self.tokens - 1) / self.rate(timing)
 
@@ -165,9 +170,9 @@ def measure_in_turn(
 
 def _slow_limits(cells: Sequence[Cell]) -> dict[Cell, float]:
     """The time from which a job of each cell is slow [s]."""
-    longest_prompt = max((cell.prompt for cell in cells if cell.tokens == 1), default=1)
+    longest_prompt = max((cell.prompt for cell in cells if cell.is_prefill), default=1)
     return {
-        cell: _SLOW_JOB_S * (cell.prompt / longest_prompt if cell.tokens == 1 else 1.0)
+        cell: _SLOW_JOB_S * (cell.prompt / longest_prompt if cell.is_prefill else 1.0)
         for cell in cells
     }
 
@@ -183,19 +188,18 @@ def _warm_up(
     found: dict[Cell, Timing] = {}
     slow_prompts = False
     for cell, limit_s in limits.items():
-        is_prompt = cell.tokens == 1
-        bound = _bound(cell, found) if is_prompt else None
+        bound = _bound(cell, found) if cell.is_prefill else None
         if bound is not None and bound.first_s > _ENDLESS_JOB_S:
             found[cell] = bound
             _tell("not run, at most", worker, cell, bound)
             continue
-        for _ in range(1 if is_prompt and slow_prompts else 2):
+        for _ in range(1 if cell.is_prefill and slow_prompts else 2):
             found[cell] = worker.measure(jobs[cell.what], min(cell.tokens, _WARM_UP_TOKENS))
             _tell("warm-up", worker, cell, found[cell])
             if cell.expected_s(found[cell]) <= limit_s:
                 break
         else:
-            slow_prompts |= is_prompt
+            slow_prompts |= cell.is_prefill
     worker.warmed()
     return found
 
@@ -205,7 +209,7 @@ def _bound(cell: Cell, found: Mapping[Cell, Timing]) -> Timing | None:
     cheaper. None where there is none.
     """
     for shorter, timing in reversed(list(found.items())):
-        if shorter.tokens == 1 and shorter.prompt < cell.prompt:
+        if shorter.is_prefill and shorter.prompt < cell.prompt:
             longer = cell.prompt / shorter.prompt
             return Timing(
                 first_s=timing.first_s * longer,
