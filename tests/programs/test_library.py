@@ -39,6 +39,12 @@ DECODE = ProgramSpec(kind="decode", degree=1, bucket=4, rows=4)
 PAIR = ProgramSpec(kind="decode", degree=2, bucket=4, rows=4)
 
 
+@pytest.fixture(autouse=True)
+def room(monkeypatch):
+    """Whatever other modules' tests have mapped; tests of too little room say so themselves."""
+    monkeypatch.setattr(library_module.mappings, "has_room", lambda: True)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with `DECODE` and `PAIR` in it; tests leave it as it is."""
