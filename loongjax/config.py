@@ -53,7 +53,7 @@ class ClusterConfig:
         per device and adds two reductions for each layer. A change recompiles every program.
       degrees: Numbers of instances that may work together. Programs to compile grow with
         their number. A request's KV must fit the largest. None: all that the hardware has
-        groups for.
+        groups for; on emulated devices the powers of two and `instances`.
     """
 
     instances: int = 1

@@ -249,7 +249,8 @@ def default_topology(
     Args:
       platform: `cpu`, `gpu` or `tpu`.
       instances: How many elastic instances there are.
-      degrees: Degrees to allow. None: all that have groups.
+      degrees: Degrees to allow. None: all that have groups, but on emulated devices (`cpu`) the
+        powers of two and `instances`: there each degree costs minutes of compiling.
 
     Raises:
       ConfigError: An unknown platform, or a degree that has no groups there.
@@ -262,6 +263,8 @@ def default_topology(
             f"no topology is known for platform {platform!r}; it must be one of "
             f"{', '.join(_PLATFORMS)}"
         )
+    if degrees is None and platform == "cpu":
+        degrees = (*(2**n for n in range(instances.bit_length())), instances)
     return kind(instances, degrees)
 
 
