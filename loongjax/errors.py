@@ -11,6 +11,7 @@
     ├── StepError                 a step failed on the devices
     ├── IntegrityError            the pool's books do not add up
     ├── EngineClosedError         the engine was closed or its loop died
+    ├── LinesError                a job is done, and some of its lines are errors; exit 3
     └── BenchError                a measurement failed, or would not be worth printing
 
 A message names the value, the limit, and the way out.
@@ -61,6 +62,10 @@ class IntegrityError(LoongJaxError):
 
 class EngineClosedError(LoongJaxError):
     """The engine takes no more requests."""
+
+
+class LinesError(LoongJaxError):
+    """A job over a file is done, and some of its lines cannot be answered."""
 
 
 class BenchError(LoongJaxError):

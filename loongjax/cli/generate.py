@@ -1,4 +1,4 @@
-"""`loongjax generate`: one prompt, one answer."""
+"""`loongjax generate`: one prompt and its answer, or a whole file of them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 
 from loongjax.api.llm import LLM
 from loongjax.api.outputs import RequestOutput
+from loongjax.cli.job import add_job_options, refuse_without_input, run_job
 from loongjax.cli.options import add_engine_options, add_json_option, llm_arguments
-from loongjax.errors import RequestError
+from loongjax.errors import ConfigError, RequestError
 from loongjax.sampling.params import SamplingParams
 
 _EPILOG = """\
@@ -20,6 +21,7 @@ examples:
   loongjax generate --model demo --chat --prompt "Why is the sky blue?" --max-tokens 60
   loongjax generate --model demo --instances 4 --prompt-file book.txt --json
   loongjax generate --model random:bench58m --token-ids-file ids.json --ignore-eos --json
+  loongjax generate --model demo --chat --input prompts.jsonl --output answers.jsonl
 """
 
 
@@ -27,12 +29,13 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     """Adds `generate` to the command's parser."""
     parser = commands.add_parser(
         "generate",
-        help="answer one prompt",
-        description="Answers one prompt, on one or more elastic instances of this machine.",
+        help="answer one prompt, or a file of them",
+        description="Answers one prompt, or every record of a file, on one or more elastic "
+        "instances of this machine; a file also by a running server.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_engine_options(parser)
+    add_engine_options(parser, needs_model=False)
     parser.add_argument(
         "--warm-up",
         action="store_true",
@@ -44,6 +47,12 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     prompt.add_argument("--prompt", metavar="TEXT", help="the prompt itself")
     prompt.add_argument("--prompt-file", metavar="FILE", help="a UTF-8 text file")
     prompt.add_argument("--token-ids-file", metavar="FILE", help="a JSON list of token ids")
+    prompt.add_argument(
+        "--input",
+        type=Path,
+        metavar="FILE",
+        help="many prompts: .jsonl, .csv or .parquet; needs --output",
+    )
     parser.add_argument(
         "--chat", action="store_true", help="put the prompt into the model's chat template"
     )
@@ -56,18 +65,25 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     sampling.add_argument(
         "--ignore-eos", action="store_true", help="go on after the model's end tokens"
     )
+    add_job_options(parser)
     add_json_option(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Answers the prompt and prints the text, or the JSON object."""
+    """Answers the prompt, or the file, and prints the text, or the JSON object."""
     params = SamplingParams(
         temperature=options.temperature,
         seed=options.seed,
         max_tokens=options.max_tokens,
         ignore_eos=options.ignore_eos,
     )
+    if options.input is not None:
+        run_job(options, params, unset=SamplingParams(temperature=0.0))
+        return
+    refuse_without_input(options)
+    if options.model is None:
+        raise ConfigError("give --model, such as demo")
     prompt = read_prompt(options)
     with LLM(options.model, **llm_arguments(options), warm_up=options.warm_up) as llm:
         if options.chat:

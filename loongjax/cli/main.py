@@ -2,7 +2,7 @@
 
 Results go to stdout, everything else to stderr. With `--json` the last line on stdout is
 exactly one JSON object. Exit code 0: done; 1: it failed; 2: the user can mend it, and one
-line on stderr says how.
+line on stderr says how; 3: done, but some lines of a file of prompts could not be answered.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from loongjax import __version__
 from loongjax.cli import aot, bench, doctor, generate, plan, profile, serve, simulate
-from loongjax.errors import LoongJaxError, UserError
+from loongjax.errors import LinesError, LoongJaxError, UserError
 
 _DESCRIPTION = """\
 Serve long-context language models on JAX with elastic sequence parallelism: how many
@@ -66,6 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"loongjax: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except LinesError as error:
+        print(f"loongjax: {error}", file=sys.stderr)
+        return 3
     except LoongJaxError as error:
         print(f"loongjax: failed: {error}", file=sys.stderr)
         return 1

@@ -87,8 +87,8 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     async def completions(
         request: Request, body: Annotated[schemas.CompletionRequest, Body()]
     ) -> Response:
-        params = body.params(body.max_tokens)
-        return await answer(request, body, _prompts(body.prompt), params, "text_completion")
+        prompts = _prompts(body.prompt)
+        return await answer(request, body, prompts, body.sampling(), "text_completion")
 
     @app.post(
         "/v1/chat/completions",
@@ -97,11 +97,8 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     async def chat_completions(
         request: Request, body: Annotated[schemas.ChatRequest, Body()]
     ) -> Response:
-        if body.max_tokens is not None and body.max_completion_tokens is not None:
-            raise RequestError("give max_completion_tokens or max_tokens, not both")
-        params = body.params(body.max_completion_tokens or body.max_tokens)
         chat = Chat(messages=[message.plain() for message in body.messages])
-        return await answer(request, body, [chat], params, "chat.completion")
+        return await answer(request, body, [chat], body.sampling(), "chat.completion")
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:

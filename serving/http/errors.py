@@ -51,7 +51,7 @@ def _of_ours(request: Request, error: Exception) -> JSONResponse:
 
 def _of_validation(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    param, message = _explain(error.errors())
+    param, message = explain(error.errors())
     return JSONResponse(error_body(message, "invalid_argument", param), _BAD_REQUEST)
 
 
@@ -73,7 +73,8 @@ def _of_nobody_knows(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(error_body(message, "internal"), 500)
 
 
-def _explain(errors: Sequence[dict[str, Any]]) -> tuple[str | None, str]:
+def explain(errors: Sequence[Any]) -> tuple[str | None, str]:
+    """The field at fault, if it is one, and the message, for what pydantic found wrong."""
     first = errors[0]
     where = [str(part) for part in first["loc"] if part != "body"]
     field = where[0] if where else None

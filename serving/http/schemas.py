@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from loongjax.errors import RequestError
 from loongjax.sampling.params import SamplingParams
 
 _Zero = Annotated[float, Field(ge=0, le=0)]
@@ -90,6 +91,10 @@ class CompletionRequest(_Generation):
     suffix: Annotated[str, Field(max_length=0)] | None = None
     logprobs: None = None
 
+    def sampling(self) -> SamplingParams:
+        """As `params`."""
+        return self.params(self.max_tokens)
+
 
 class TextPart(_Body):
     """A piece of a message."""
@@ -128,6 +133,12 @@ class ChatRequest(_Generation):
     tool_choice: Literal["none"] | None = None
     parallel_tool_calls: bool | None = Field(default=None, description="without effect")
     store: Literal[False] | None = None
+
+    def sampling(self) -> SamplingParams:
+        """As `params`; RequestError too if the limit is given twice."""
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise RequestError("give max_completion_tokens or max_tokens, not both")
+        return self.params(self.max_completion_tokens or self.max_tokens)
 
 
 class TokenizeRequest(_Body):

@@ -1,0 +1,108 @@
+"""Lines answered by an engine of this process."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+from loongjax.api.outputs import CompletionOutput
+from loongjax.api.prompts import encode_prompt, need_tokenizer
+from loongjax.engine import Engine, Event, FinishedEvent, GenerationRequest, TokensEvent, sample_id
+from loongjax.errors import EngineClosedError
+from loongjax.offline.backend import LineFailedError
+from loongjax.offline.task import Answer, Prompt
+from loongjax.sampling.params import SamplingParams
+from loongjax.text import Tokenizer
+
+
+class EngineBackend:
+    """See `Backend`. The engine stays its owner's."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer | None) -> None:
+        self._engine, self._tokenizer = engine, tokenizer
+        self._before = engine.stats().generated_tokens
+        self._numbers = itertools.count()
+
+    @property
+    def generated_tokens(self) -> int:
+        """Tokens since this backend was made."""
+        return self._engine.stats().generated_tokens - self._before
+
+    def degrees(self) -> tuple[int, ...]:
+        """Of the groups that have a step in flight."""
+        return tuple(len(group) for group in {step.group for step in self._engine.in_flight})
+
+    async def answer(self, prompt: Prompt, params: SamplingParams) -> Answer:
+        """See `Backend.answer`."""
+        request = GenerationRequest(
+            id=f"offline-{next(self._numbers)}", token_ids=self._encode(prompt), params=params
+        )
+        collected = _Collected(samples=params.n, loop=asyncio.get_running_loop())
+        try:
+            if params.n > 1:
+                self._engine.submit_samples(request, on_event=collected.take)
+            else:
+                self._engine.submit(request, on_event=lambda event: collected.take(0, event))
+            await collected.ended
+        finally:
+            if not collected.ended.done() or collected.ended.cancelled():
+                collected.is_unwanted = True
+                for sample in range(params.n):
+                    self._engine.abort(sample_id(request.id, sample))
+        return Answer(
+            prompt_tokens=len(request.token_ids),
+            completions=tuple(self._completion(i, collected) for i in range(params.n)),
+        )
+
+    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
+        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
+            messages = cast(Sequence[Mapping[str, str]], prompt)
+            return tuple(need_tokenizer(self._tokenizer).encode_chat(messages))
+        return encode_prompt(cast(str | Sequence[int], prompt), self._tokenizer)
+
+    def _completion(self, sample: int, collected: _Collected) -> CompletionOutput:
+        events, end = collected.tokens[sample], collected.ends[sample]
+        if end.reason in ("error", "abort"):
+            message = end.error or "the engine was closed before the answer had ended"
+            lives_on = self._engine.alive and end.reason == "error"
+            raise LineFailedError(message) if lives_on else EngineClosedError(message)
+        text = None
+        if self._tokenizer is not None:
+            text = self._tokenizer.decode(token for event in events for token in event.text_ids)
+        return CompletionOutput(
+            index=sample,
+            token_ids=tuple(token for event in events for token in event.token_ids),
+            text=text,
+            finish_reason=end.reason,
+            stop_token=end.stop_token,
+        )
+
+
+@dataclass(kw_only=True)
+class _Collected:
+    """The events of a request's answers. The engine's thread fills it; a future tells its end."""
+
+    samples: int
+    loop: asyncio.AbstractEventLoop
+    is_unwanted: bool = False
+    tokens: dict[int, list[TokensEvent]] = field(default_factory=dict)
+    ends: dict[int, FinishedEvent] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.tokens = {sample: [] for sample in range(self.samples)}
+        self.ended: asyncio.Future[None] = self.loop.create_future()
+
+    def take(self, sample: int, event: Event) -> None:
+        if isinstance(event, TokensEvent):
+            self.tokens[sample].append(event)
+            return
+        self.ends[sample] = event
+        if len(self.ends) == self.samples and not self.is_unwanted:
+            self.loop.call_soon_threadsafe(self._end)
+
+    def _end(self) -> None:
+        if not self.ended.done():
+            self.ended.set_result(None)
