@@ -26,6 +26,7 @@ RANKS = {
     "loongjax.models": 2,
     "loongjax.sampling": 2,
     "loongjax.text": 2,
+    "loongjax.checkpoint": 3,
     "loongjax.programs": 3,
     "loongjax.executor": 4,
     "loongjax.scheduler": 4,

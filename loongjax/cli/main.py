@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from loongjax import __version__
-from loongjax.cli import aot, bench, doctor, generate, plan, profile, serve, simulate
+from loongjax.cli import aot, bench, convert, doctor, generate, plan, profile, serve, simulate
 from loongjax.errors import LinesError, LoongJaxError, UserError
 
 _DESCRIPTION = """\
@@ -42,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     aot.add_command(commands)
     bench.add_command(commands)
+    convert.add_command(commands)
     generate.add_command(commands)
     plan.add_command(commands)
     profile.add_command(commands)

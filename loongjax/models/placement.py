@@ -3,7 +3,7 @@
 Owns the loading loop and the choice between stacked and separate layers. Each tensor, or
 shard of one, is read once and put on every instance; then the host's copy is dropped.
 Peak host memory beyond what the devices hold is one leaf's shard in the serving dtype,
-plus one tensor as the source gives it; a stacked leaf is one tensor of all layers.
+plus a block of it as the source gives it; a stacked leaf is one tensor of all layers.
 
 On CPU the devices of a process share one copy: jax adopts a host buffer that is aligned
 to 64 bytes instead of copying it (measured on jax 0.10.2: at 64 for every device, at 32

@@ -1,8 +1,9 @@
 """From what a user calls a model to its description, its weights and its tokenizer.
 
 Owns the meaning of a model's name, in this order: `demo`; `random:NAME`; a folder in the
-Hugging Face layout; a `.gguf` file; else an id on the Hugging Face hub. What looks like a
-path is never looked up on the network. Only headers are read here. Imports no jax.
+Hugging Face layout, or one that `loongjax convert` made; a `.gguf` file; else an id on the
+Hugging Face hub. What looks like a path is never looked up on the network. Only headers are read
+here. Imports no jax.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from loongjax.models.config import ModelConfig
 from loongjax.models.tokenizer_files import TokenizerFiles
 from loongjax.models.weights import WeightSource
 
+CONVERSION = "loongjax_conversion.json"
+"""The note in a folder that `loongjax convert` writes, or has written."""
 _RANDOM = "random:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _FILE_ENDINGS = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".json")
@@ -44,12 +47,14 @@ class ResolvedModel:
       config: Its description.
       source: Its weights; every tensor of `config` is there in the right shape.
       tokenizer: Where its tokenizer lies; None when it has none.
+      folder: Where its `config.json` lies; None when it has none.
     """
 
     name: str
     config: ModelConfig
     source: WeightSource
     tokenizer: TokenizerFiles | None
+    folder: Path | None = None
 
 
 def resolve(model: str) -> ResolvedModel:
@@ -104,19 +109,31 @@ def _from_gguf(model: str, path: Path) -> ResolvedModel:
 
 
 def _from_folder(model: str, folder: Path) -> ResolvedModel:
-    from loongjax.models.safetensors import open_safetensors, read_folder_config
+    from loongjax.models.safetensors import read_folder_config
 
     inside = sorted(folder.glob("*.gguf"))
     if inside and not (folder / "config.json").exists():
         raise ModelError(f"{folder}: to serve a GGUF file, name the file itself: {inside[0]}")
+    if (folder / CONVERSION).exists() and not (folder / "config.json").exists():
+        raise ModelError(f"{folder} is not whole; run the same `loongjax convert` again to end it")
     config = read_folder_config(folder)
     has_tokenizer = any((folder / name).exists() for name in _TOKENIZER_FILES)
     return ResolvedModel(
         name=model,
         config=config,
-        source=open_safetensors(folder, config),
+        source=_open_weights(folder, config),
         tokenizer=TokenizerFiles(kind="hf", path=folder) if has_tokenizer else None,
+        folder=folder,
     )
+
+
+def _open_weights(folder: Path, config: ModelConfig) -> WeightSource:
+    from loongjax.models.orbax_weights import WEIGHTS, open_orbax
+    from loongjax.models.safetensors import open_safetensors
+
+    if (folder / WEIGHTS).is_dir():
+        return open_orbax(folder, config)
+    return open_safetensors(folder, config)
 
 
 def _looks_like_path(model: str) -> bool:

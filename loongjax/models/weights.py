@@ -11,6 +11,7 @@ Not here: file formats (`safetensors`, `gguf`), devices (`placement`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
@@ -19,6 +20,11 @@ import numpy as np
 
 from loongjax.errors import ConfigError
 from loongjax.models.config import ModelConfig
+
+_BLOCK_VALUES = 1 << 21
+"""Values that are read at once: 8 MiB of float32."""
+_BLOCK_ROWS = 256
+"""Blocks are so many rows, or a multiple: random weights are drawn by as many."""
 
 Index: TypeAlias = tuple[slice, ...]
 """One slice with start and stop, not empty, for each axis of a tensor."""
@@ -217,19 +223,30 @@ def shard_index(spec: WeightSpec, rank: int, tp: int) -> Index:
     return tuple(parts)
 
 
+def iter_blocks(index: Index) -> Iterator[Index]:
+    """A part of a tensor in blocks of whole rows, of about `_BLOCK_VALUES` values each."""
+    rows, *others = index
+    width = math.prod(part.stop - part.start for part in others)
+    step = max(1, _BLOCK_VALUES // width // _BLOCK_ROWS) * _BLOCK_ROWS
+    for start in range(rows.start, rows.stop, step):
+        yield (slice(start, min(start + step, rows.stop)), *others)
+
+
 def read_into(out: np.ndarray, source: WeightSource, spec: WeightSpec, index: Index) -> None:
     """Fills `out` with the part `index` of `spec.shape`, in the dtype of `out`.
 
-    Rows that only pad the vocabulary become zero, and are not asked of the source.
+    Rows that only pad the vocabulary become zero, and are not asked of the source. Beside `out`,
+    memory holds what the source gives for a block.
     """
     stored = tuple(
         slice(part.start, max(part.start, min(part.stop, size)))
         for part, size in zip(index, spec.stored_shape, strict=True)
     )
-    rows = stored[0].stop - stored[0].start
-    out[rows:] = 0
-    if rows:
-        np.copyto(out[:rows], source.read(spec, stored), casting="unsafe")
+    first = stored[0].start
+    out[stored[0].stop - first :] = 0
+    for block in iter_blocks(stored):
+        rows = slice(block[0].start - first, block[0].stop - first)
+        np.copyto(out[rows], source.read(spec, block), casting="unsafe")
 
 
 def _check_tp(config: ModelConfig, tp: int) -> None:
