@@ -31,9 +31,10 @@ from loongjax.kvcache import BlockAllocator
 from loongjax.kvcache.pool import KVPool
 from loongjax.models.random_weights import RandomSource, random_config
 from loongjax.plan import DecodeRow, DecodeStep, Group
-from loongjax.programs.build import TOKEN_SPEC
+from loongjax.programs.build import ROW_SPEC
 from loongjax.programs.library import ProgramLibrary
 from loongjax.programs.spec import ProgramSpec
+from loongjax.sampling.fields import SAID
 from loongjax.sampling.params import SamplingParams
 from loongjax.scheduler.policies.first_come import FirstCome
 from loongjax.text import IncrementalDetokenizer, Tokenizer
@@ -173,12 +174,11 @@ class _NoPrograms(ProgramLibrary):
 
     def get(self, spec: ProgramSpec, group: Group) -> Any:
         if (spec, group) not in self._bound:
-            sharding = NamedSharding(self._meshes[group], TOKEN_SPEC)
-            zeros = np.zeros(spec.degree * spec.rows, np.int32)
-            tokens = jax.device_put(zeros, sharding)
+            sharding = NamedSharding(self._meshes[group], ROW_SPEC)
+            said = jax.device_put(np.zeros((spec.degree * spec.rows, SAID), np.int32), sharding)
 
             def program(*arguments: Any) -> tuple[KVPool, jax.Array]:
-                return next(one for one in arguments if isinstance(one, KVPool)), tokens
+                return next(one for one in arguments if isinstance(one, KVPool)), said
 
             self._bound[spec, group] = cast(jax.stages.Compiled, program)
         return self._bound[spec, group]
@@ -212,15 +212,16 @@ def _bare_call_us(executor: Any, rows: int, clock: Callable[[], float]) -> float
     program, weights = executor.programs.get(spec, group), executor.memory.weights_of(group)
     meta = np.zeros((1, spec.layout.size), np.int32)
     spec.layout.of_all_ranks(meta, "write")[:] = executor.pool_slots
-    sharding = NamedSharding(executor.memory.meshes[group], TOKEN_SPEC)
-    tokens = jax.device_put(np.zeros(spec.rows, np.int32), sharding)
+    sharding = NamedSharding(executor.memory.meshes[group], ROW_SPEC)
+    said = jax.device_put(np.zeros((spec.rows, SAID), np.int32), sharding)
+    tables = executor.memory.blank_tables(group, spec.rows)
     pool, times = executor.memory.pool_of(group), []
     for _ in range(50):
-        last = tokens
+        last = said
         begin = clock()
-        pool, tokens = program(weights, pool, meta, last)
+        pool, said = program(weights, pool, meta, tables, last)
         times.append(clock() - begin)
         last.block_until_ready()
     executor.memory.keep_pool(group, pool)
-    tokens.block_until_ready()
+    said.block_until_ready()
     return 1e6 * median(times)

@@ -17,6 +17,10 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
+from typing import TypeAlias
+
+import numpy as np
 
 from loongjax.engine.forks import Forks, make_stem
 from loongjax.engine.front import Abort, ChangePolicy, Door, Drain, Samples, Submission
@@ -26,19 +30,24 @@ from loongjax.engine.messages import (
     Event,
     FinishedEvent,
     FinishReason,
-    GenerationRequest,
+    StopWatch,
     TokensEvent,
 )
 from loongjax.engine.request import Request
 from loongjax.engine.state import State
+from loongjax.errors import RequestError
 from loongjax.executor.host_time import HostTime
 from loongjax.executor.protocol import Executor, RequestInput
-from loongjax.plan import Group, Plan, RequestId, Snapshot, Step, StepResult
+from loongjax.plan import Group, Plan, RequestId, SampledToken, Snapshot, Step, StepResult
+from loongjax.sampling.params import SamplingParams
 from loongjax.scheduler import validate
 from loongjax.scheduler.learning import Learning
 from loongjax.scheduler.policy import Policy
 
 _log = logging.getLogger(__name__)
+
+Watcher: TypeAlias = Callable[[SamplingParams], StopWatch]
+"""Makes what reads one answer of a request."""
 
 _POLL_S = 60.0
 """How long one poll may wait. Nothing depends on it: whatever happens ends the wait."""
@@ -63,7 +72,10 @@ class Loop:
         history: History,
         host_time: HostTime,
         eos_ids: frozenset[int],
+        vocab_size: int,
+        watch: Watcher | None = None,
     ) -> None:
+        """`watch` makes what looks for texts that end an answer; see `Engine`."""
         self._executor = executor
         self._policy = policy
         self._state = state
@@ -71,6 +83,8 @@ class Loop:
         self._history = history
         self._host_time = host_time
         self._eos_ids = eos_ids
+        self._watch = watch
+        self._vocab_size = vocab_size
         self._outbox: list[tuple[RequestHandle, Event]] = []
         self._lost: dict[RequestId, tuple[Request, Step, str]] = {}
         self._forks = Forks()
@@ -129,7 +143,7 @@ class Loop:
             elif isinstance(item, ChangePolicy):
                 self._policy = item.policy
         for request in new:
-            self._admit(request.submission.request)
+            self._admit(request)
         for item in taken:
             if isinstance(item, Abort):
                 self._abort(item.handle)
@@ -138,7 +152,11 @@ class Loop:
     def _request(self, submission: Submission) -> Request:
         params = submission.request.params
         eos_ids = frozenset() if params.ignore_eos else self._eos_ids
-        return Request(submission=submission, stop_ids=eos_ids.union(params.stop_token_ids))
+        return Request(
+            submission=submission,
+            stop_ids=eos_ids.union(params.stop_token_ids),
+            watch=self._watch(params) if self._watch is not None and params.stop else None,
+        )
 
     def _add_samples(self, item: Samples) -> list[Request]:
         """Takes in their stem, for which they wait, or else themselves; gives what it took."""
@@ -158,22 +176,46 @@ class Loop:
         for sample in self._forks.take(stem):
             sample.first_scheduled = stem.first_scheduled
             self._state.add(sample)
-            self._admit(sample.submission.request)
-            if self._state.fork(stem, sample):
+            sample.score_prompt(1, stem.prompt_logprobs)
+            self._admit(sample)
+            if not sample.ended and self._state.fork(stem, sample):
                 self._executor.fork(stem.id, sample.id)
         self._close(stem)
 
-    def _admit(self, request: GenerationRequest) -> None:
+    def _admit(self, admitted: Request) -> None:
+        request, next_id = admitted.submission.request, admitted.next_id
         seed = request.params.seed
         self._executor.admit(
             RequestInput(
                 id=request.id,
                 token_ids=request.token_ids,
-                temperature=request.params.temperature,
+                next_id=next_id,
+                params=request.params,
                 seed=_draw_seed() if seed is None else seed,
                 sample=request.sample,
+                end_ids=admitted.stop_ids,
+                is_masked=request.mask is not None,
             )
         )
+        self._restrict(admitted)
+
+    def _restrict(self, request: Request) -> None:
+        """Tells the executor which tokens may come next, if that is up to the request's mask."""
+        mask = request.submission.request.mask
+        if mask is None:
+            return
+        try:
+            allowed = np.asarray(mask(tuple(request.generated)), np.bool_)
+            if allowed.shape != (self._vocab_size,) or not allowed.any():
+                raise RequestError(
+                    f"it gave {allowed.sum()} tokens in the shape {allowed.shape}; it must allow "
+                    f"one at least, in the shape ({self._vocab_size},)"
+                )
+        except Exception as error:
+            text = f"the request's token mask failed: {type(error).__name__}: {error}"
+            self._end(request, "error", error=text, time=self._executor.now())
+        else:
+            self._executor.restrict(request.id, allowed)
 
     def _abort(self, handle: RequestHandle) -> None:
         request = self._state.open.get(handle.id)
@@ -275,27 +317,38 @@ class Loop:
         if result.error is not None:
             self._fail_step(step, result.error)
         self._drop_lost_kv()
+        for name, start, logprobs in result.prompts:
+            if request := self._state.open.get(name):
+                request.score_prompt(start, logprobs)
         accepted = 0
-        for name, token in result.tokens:
-            request = self._state.open.get(name)
+        for sampled in result.tokens:
+            request = self._state.open.get(sampled.request)
             if request is None:  # it had ended already: nobody hears of this token
                 continue
             if request.is_stem:
                 self._branch(request)
             else:
                 accepted += 1
-                self._accept(request, token, result.ended)
+                self._accept(request, sampled, result.ended)
         self._history.add_tokens(accepted)
         someone_ended = bool(ended) or len(self._state.open) < before
         return someone_ended or result.error is not None or not self._state.queue(step.group)
 
-    def _accept(self, request: Request, token: int, time: float) -> None:
-        reason = request.append(token, time)
-        event = TokensEvent(token_ids=(token,), stopped=reason == "stop")
+    def _accept(self, request: Request, sampled: SampledToken, time: float) -> None:
+        is_first = not request.generated
+        reason = request.append(sampled.token, time)
+        stop_token = sampled.token if sampled.token in request.stop_ids else None
+        event = TokensEvent(
+            token_ids=(sampled.token,),
+            stopped=stop_token is not None,
+            logprobs=() if sampled.logprobs is None else (sampled.logprobs,),
+            prompt_logprobs=tuple(request.prompt_logprobs) if is_first else (),
+        )
         self._outbox.append((request.handle, event))
         if reason is not None:
-            stop_token = token if reason == "stop" else None
             self._end(request, reason, stop_token=stop_token, time=time)
+        else:
+            self._restrict(request)
 
     def _fail_step(self, step: Step, error: str) -> None:
         _log.error("step %d on group %s failed: %s", step.seq, step.group, error)
@@ -372,7 +425,11 @@ class Loop:
         stop_token: int | None = None,
     ) -> None:
         event = FinishedEvent(
-            reason=reason, error=error, stop_token=stop_token, timings=request.timings(time)
+            reason=reason,
+            error=error,
+            stop_token=stop_token,
+            stop_text=None if request.watch is None else request.watch.stop,
+            timings=request.timings(time),
         )
         self._outbox.append((request.handle, event))
         self._history.add_end(request.record(reason, time), reason)

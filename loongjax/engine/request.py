@@ -6,13 +6,14 @@ The loop alone touches it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from loongjax.engine.front import Submission
 from loongjax.engine.handle import RequestHandle
-from loongjax.engine.messages import FinishReason, RequestRecord, Timings
+from loongjax.engine.messages import FinishReason, RequestRecord, StopWatch, Timings
 from loongjax.kvcache import BlockAllocator, Whereabouts
-from loongjax.plan import RequestId, RequestView
+from loongjax.plan import RequestId, RequestView, TokenLogprobs
 
 
 @dataclass(kw_only=True, slots=True)
@@ -22,6 +23,9 @@ class Request:
     Attributes:
       submission: What came in.
       stop_ids: Tokens that end it.
+      watch: Looks for texts that end it; None: none does.
+      next_id: The token behind the prompt, if that is a part of a longer one.
+      prompt_logprobs: Of its prompt, from the second token on, as far as computed.
       generated: Tokens produced so far.
       in_flight: The newest step in flight that works on it, or None.
       last_seq: The newest step that computed for it, or None.
@@ -33,7 +37,10 @@ class Request:
 
     submission: Submission
     stop_ids: frozenset[int]
+    watch: StopWatch | None = None
+    next_id: int | None = None
     is_stem: bool = False
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     generated: list[int] = field(default_factory=list)
     in_flight: int | None = None
     last_seq: int | None = None
@@ -67,7 +74,15 @@ class Request:
             self.first_token = time
         if token in self.stop_ids:
             return "stop"
+        if self.watch is not None:
+            self.watch.push((token,))
+            if self.watch.stop is not None:
+                return "stop"
         return "length" if len(self.generated) == self.submission.max_tokens else None
+
+    def score_prompt(self, start: int, logprobs: Sequence[TokenLogprobs]) -> None:
+        """Takes those of the prompt from a position on; what is computed anew is the same."""
+        self.prompt_logprobs += logprobs[len(self.prompt_logprobs) + 1 - start :]
 
     def changed(self) -> None:
         """To be called when its KV grew or went: the view is made anew."""

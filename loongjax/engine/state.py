@@ -142,13 +142,22 @@ class State:
         ]
 
     def continuation(self, step: DecodeStep) -> DecodeStep | None:
-        """What may be launched behind `step`, the newest on its group (`continue_step`)."""
+        """What may be launched behind `step`, the newest on its group (`continue_step`).
+
+        Nothing where some row's next token is up to the host.
+        """
+        if any(self._is_masked(row.request) for row in step.rows):
+            return None
         return continue_step(step, seq=self._next_seq, goes_on=self._goes_on, fits=self._fits)
 
     def _fits(self, step: DecodeStep) -> bool:
         if self.draining and not self.draining.isdisjoint(row.home for row in step.rows):
             return False
         return self._allocator.fits(step)
+
+    def _is_masked(self, name: RequestId) -> bool:
+        request = self.open.get(name)
+        return request is not None and request.submission.request.mask is not None
 
     def _goes_on(self, name: RequestId) -> bool:
         request = self.open.get(name)

@@ -150,7 +150,9 @@ class ProgramLibrary:
                 compiled_for=stored.compiled_for,
                 devices=devices,
                 in_tree=jax.tree.structure((arguments, {})),
-                out_tree=jax.tree.structure((self.shapes.pool_shapes(spec.degree), 0)),
+                out_tree=jax.tree.structure(
+                    (self.shapes.pool_shapes(spec.degree), *range(spec.outputs))
+                ),
             )
         except Exception as error:  # bytes from a disk, read by whatever jax is installed
             _log.warning("not using stored program %s: %s", spec.name, error)

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from loongjax.costmodel.protocol import CostModel
 from loongjax.costmodel.sib import HostTime
 from loongjax.costmodel.steps import step_seconds
@@ -90,6 +92,10 @@ class VirtualExecutor:
         self._lives[request.id] = _Life(
             job=self._door.jobs[request.id], held=self._ledger.open(request.id)
         )
+
+    def restrict(self, request: RequestId, allowed: np.ndarray) -> None:
+        """Never called: a job of a workload has no mask."""
+        raise StepError(f"the simulator has no tokens that {request!r} could be restricted to")
 
     def fork(self, source: RequestId, target: RequestId) -> None:
         """Never called: a job of a workload has one answer."""

@@ -78,9 +78,9 @@ def tokens_never_arrive(get, spec, group):
     """The launch goes well, and waiting for the tokens fails."""
 
     def run(*arguments):
-        pool, tokens = get(spec, group)(*arguments)
-        tokens.delete()
-        return pool, tokens
+        pool, said, *scores = get(spec, group)(*arguments)
+        said.delete()
+        return pool, said, *scores
 
     return run
 
