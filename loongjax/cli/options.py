@@ -18,6 +18,12 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="demo, random:NAME, a folder, a .gguf file, or an id on the Hugging Face hub",
     )
     group.add_argument(
+        "--config",
+        metavar="FILE",
+        help="a TOML file of the options below, such as pool_slots = 8192; those given here go "
+        "before it",
+    )
+    group.add_argument(
         "--instances",
         type=int,
         default=1,
@@ -132,4 +138,5 @@ def llm_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "attention_backend": options.attention_backend,
         "program_dir": options.program_dir,
         "trust_library": options.trust_library,
+        "config": options.config,
     }
