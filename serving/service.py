@@ -64,12 +64,14 @@ class Answers:
     Attributes:
       stream: What comes of it.
       ticket: Its place at the gate; None before its prompt is known.
+      first_token: The first of its prompt.
       handles: Its ends in the engine, one for each answer; empty before the engine has it.
       is_unwanted: The client aborted it.
     """
 
     stream: AnswerStream
     ticket: Ticket | None = None
+    first_token: int = 0
     handles: tuple[RequestHandle, ...] = ()
     is_unwanted: bool = False
 
@@ -165,6 +167,7 @@ class Service:
             stack.enter_context(self.gate.place(call.client))
             token_ids = await self._encode(call.prompt)
             answers.ticket = Ticket(client=call.client, prompt_tokens=len(token_ids))
+            answers.first_token = token_ids[0] if token_ids else 0
             asked = time.monotonic()
             try:
                 await stack.enter_async_context(self.gate.turn(answers.ticket, call.priority))

@@ -8,11 +8,16 @@ request's tokens.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
-from loongjax.engine import Event, FinishedEvent
+from loongjax.engine import Event, FinishedEvent, TokensEvent
+from loongjax.plan import TokenLogprobs
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,18 +28,16 @@ class Progress:
       sample: Which of the request's answers, from 0.
       token_ids: New tokens; the one that ended the answer is among them.
       stopped: The last of them ended the answer, and is no part of its text.
+      logprobs, prompt_logprobs: As `TokensEvent` has them.
       end: How it ended; None: it goes on.
     """
 
     sample: int
     token_ids: tuple[int, ...]
     stopped: bool
+    logprobs: tuple[TokenLogprobs, ...]
+    prompt_logprobs: tuple[TokenLogprobs, ...]
     end: FinishedEvent | None
-
-    @property
-    def text_ids(self) -> tuple[int, ...]:
-        """The tokens that belong to the text."""
-        return self.token_ids[:-1] if self.stopped else self.token_ids
 
 
 class AnswerStream:
@@ -49,18 +52,18 @@ class AnswerStream:
         self.tokens = 0
         self.ends: dict[int, FinishedEvent] = {}
         self._samples = samples
-        self._tokens: dict[int, list[int]] = {}
+        self._arrived: dict[int, list[TokensEvent]] = {}
         self._stopped: set[int] = set()
         self._told = 0
         self._news = asyncio.Event()
 
     def put(self, sample: int, event: Event) -> None:
         """Takes an event in."""
-        tokens = self._tokens.setdefault(sample, [])
+        arrived = self._arrived.setdefault(sample, [])
         if isinstance(event, FinishedEvent):
             self.ends[sample] = event
         else:
-            tokens += event.token_ids
+            arrived.append(event)
             self.tokens += len(event.token_ids)
             if event.stopped:
                 self._stopped.add(sample)
@@ -71,16 +74,22 @@ class AnswerStream:
         while self._told < self._samples:
             await self._news.wait()
             self._news.clear()
-            tokens, self._tokens = self._tokens, {}
-            for sample, ids in tokens.items():
+            arrived, self._arrived = self._arrived, {}
+            for sample, events in arrived.items():
                 end = self.ends.get(sample)  # nothing comes after an end
                 self._told += end is not None
                 yield Progress(
                     sample=sample,
-                    token_ids=tuple(ids),
+                    token_ids=_joined(event.token_ids for event in events),
                     stopped=sample in self._stopped,
+                    logprobs=_joined(event.logprobs for event in events),
+                    prompt_logprobs=_joined(event.prompt_logprobs for event in events),
                     end=end,
                 )
+
+
+def _joined(parts: Iterable[tuple[_T, ...]]) -> tuple[_T, ...]:
+    return tuple(itertools.chain.from_iterable(parts))
 
 
 class Bridge:

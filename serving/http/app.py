@@ -22,6 +22,7 @@ from serving.http.choices import ChoicePiece, choices
 from serving.http.door import Door, unless_gone
 from serving.http.errors import add_handlers
 from serving.http.events import EventStream
+from serving.http.logprobs import LogprobWriter
 from serving.http.wording import Answer, Kind
 from serving.metrics import CONTENT_TYPE, Metrics
 from serving.service import Call, Service
@@ -64,6 +65,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
             id=name,
             kind=kind,
             model=service.model_name,
+            writer=LogprobWriter(tokenizer=service.built.tokenizer),
             with_ids=bool(body.return_token_ids),
             with_usage=bool(body.stream_options and body.stream_options.include_usage),
         )
