@@ -62,6 +62,7 @@ class State:
         self.flying: dict[int, Step] = {}
         self._views = Views()
         self._in_flight: set[RequestId] = set()
+        self._masked: set[RequestId] = set()  # open ones whose next token is up to the host
         self.published = self.snapshot()
 
     @property
@@ -72,6 +73,8 @@ class State:
     def add(self, request: Request) -> None:
         """Takes a new request in."""
         self.open[request.id] = request
+        if request.submission.request.mask is not None:
+            self._masked.add(request.id)
         self._views.add(request.id)
         self._version += 1
 
@@ -84,6 +87,7 @@ class State:
         del self.open[request.id]
         self._views.remove(request.id)
         self._in_flight.discard(request.id)
+        self._masked.discard(request.id)
         self._version += 1
         if request.in_flight is None:
             return True
@@ -146,7 +150,7 @@ class State:
 
         Nothing where some row's next token is up to the host.
         """
-        if any(self._is_masked(row.request) for row in step.rows):
+        if self._masked and not self._masked.isdisjoint(step_requests(step)):
             return None
         return continue_step(step, seq=self._next_seq, goes_on=self._goes_on, fits=self._fits)
 
@@ -154,10 +158,6 @@ class State:
         if self.draining and not self.draining.isdisjoint(row.home for row in step.rows):
             return False
         return self._allocator.fits(step)
-
-    def _is_masked(self, name: RequestId) -> bool:
-        request = self.open.get(name)
-        return request is not None and request.submission.request.mask is not None
 
     def _goes_on(self, name: RequestId) -> bool:
         request = self.open.get(name)
@@ -224,6 +224,7 @@ class State:
         self.open.clear()
         self._views = Views()
         self._in_flight.clear()
+        self._masked.clear()
         self._ending.clear()
         self.flying.clear()
         self.snapshot()

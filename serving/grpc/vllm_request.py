@@ -10,6 +10,8 @@ and `grammar_from_first_token` (grammars are refused).
 
 from __future__ import annotations
 
+from typing import Any
+
 from smg_grpc_proto import vllm_engine_pb2 as pb
 
 from loongjax.errors import RequestError
@@ -74,7 +76,9 @@ def to_sampling_params(params: pb.SamplingParams) -> SamplingParams:
             "sampling_params.truncate_prompt_tokens is not supported, and "
             f"{params.truncate_prompt_tokens} was asked for; leave it unset, and send less"
         )
-    given = {field: getattr(params, field) or unset for field, unset in _UNSET.items()}
+    given: dict[str, Any] = {
+        field: getattr(params, field) or unset for field, unset in _UNSET.items()
+    }
     given |= {field: getattr(params, field) for field in _OPTIONAL if params.HasField(field)}
     try:
         return SamplingParams(
