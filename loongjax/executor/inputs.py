@@ -286,6 +286,11 @@ class DecodeFrame:
                 tokens.append(log[position])
                 sources.append(NO_TOKEN)
             elif name in running:
+                if log.table is not None and position > len(log):
+                    raise StepError(
+                        f"step {step.seq}: the choice of request {name!r} depends on its token at "
+                        f"position {len(log)}, which is not known; launch one step ahead at most"
+                    )
                 tokens.append(0)
                 sources.append(running[name])
             else:

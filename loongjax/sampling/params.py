@@ -107,7 +107,7 @@ class SamplingParams:
         self._check_bias()
 
     @property
-    def biases(self) -> tuple[tuple[int, float], ...]:
+    def biases(self) -> tuple[tuple[int, float | int], ...]:
         """`logit_bias` as pairs of token and bias."""
         given = self.logit_bias
         return tuple(given.items() if isinstance(given, Mapping) else given)

@@ -81,6 +81,6 @@ def _fields() -> dict[str, int]:
 def test_params_must_fit_the_model(params: SamplingParams, message: str) -> None:
     with pytest.raises(RequestError, match=re.escape(message)):
         LIMITS.check(GenerationRequest(id="a", token_ids=(1,), params=params))
-    inside = SamplingParams(stop="x", stop_token_ids=(99,), logit_bias={99: 1.0})
+    inside = SamplingParams(max_tokens=1, stop="x", stop_token_ids=(99,), logit_bias={99: 1.0})
     request = GenerationRequest(id="a", token_ids=(1,), params=inside)
     assert replace(LIMITS, has_text=True).check(request)

@@ -73,13 +73,14 @@ def assert_scored(found: TokenLogprobs, logits: np.ndarray, token: int, top: int
         assert abs(value - wanted) <= bound
 
 
-def decode(rig: Rig, group: tuple[int, ...], names: list[str], ahead: bool) -> list[StepResult]:
+def decode(rig: Rig, group: tuple[int, ...], names: list[str], ahead: int) -> list[StepResult]:
+    """Steps, of which so many are launched behind the one that runs."""
     rows = tuple(DecodeRow(name, group[i % len(group)], group[-1]) for i, name in enumerate(names))
     results: list[StepResult] = []
-    for _ in range(STEPS):
+    for number in range(STEPS):
         step = DecodeStep(seq=rig.next_seq(), group=group, rows=rows)
         rig.executor.submit(step, rig.allocator.apply(step))
-        if not ahead:
+        while len(results) < number + 1 - ahead:
             results += wait(rig, 1)
     return results + wait(rig, STEPS - len(results))
 
@@ -92,7 +93,7 @@ def wait(rig: Rig, count: int) -> list[StepResult]:
     return results
 
 
-@pytest.mark.parametrize(("group", "ahead"), [((0,), False), ((1,), True), ((0, 1), True)])
+@pytest.mark.parametrize(("group", "ahead"), [((0,), 0), ((1,), 1), ((0, 1), 1)])
 def test_penalties_follow_the_answer(rig, group, ahead):
     prompts = {"a": tokens_of(1, 20), "b": tokens_of(2, 9)}
     rig.admit("a", prompts["a"], params=PENALISED)
@@ -110,6 +111,20 @@ def test_penalties_follow_the_answer(rig, group, ahead):
     for i, each in enumerate(said):
         assert each["b"].logprobs is None
         assert_scored(each["a"].logprobs, logits[19 + i], each["a"].token, 3)
+
+
+def test_more_than_one_step_ahead_fails_a_request_with_penalties(rig):
+    """Its penalties would lack tokens that only the device knows."""
+    rig.admit("a", tokens_of(1, 20), params=PENALISED)
+    rig.prefill((0,), {"a": 20}, {"a": {0: 20}})
+    for _ in range(3):
+        step = DecodeStep(seq=rig.next_seq(), group=(0,), rows=(DecodeRow("a", 0, 0),))
+        rig.executor.submit(step, rig.allocator.apply(step))
+    results: list[StepResult] = []
+    while len(results) < 3:
+        results += rig.executor.poll(60.0)
+    rig.release("a")
+    assert "launch one step ahead at most" in next(filter(None, (r.error for r in results)))
 
 
 @pytest.mark.parametrize("group", [(0,), (0, 1)])

@@ -27,7 +27,6 @@ from loongjax.sampling.params import SamplingParams
         ("top_p", 1.1, r"top_p must be in \(0, 1\], not 1\.1"),
         ("top_p", math.nan, "top_p must be in"),
         ("top_k", -2, "top_k must be -1, 0 or a number of tokens, not -2"),
-        ("top_k", 0.5, r"top_k must be a whole number, not 0\.5"),
         ("min_p", -0.1, r"min_p must be in \[0, 1\], not -0\.1"),
         ("repetition_penalty", 0.0, r"repetition_penalty must be in \[0\.01, 100\], not 0"),
         ("presence_penalty", 2.1, r"presence_penalty must be in \[-2, 2\], not 2\.1"),
@@ -63,6 +62,12 @@ def test_a_value_out_of_range_is_refused_by_name(field, value, message):
 )
 def test_the_limits_themselves_are_taken(field, value):
     assert getattr(SamplingParams(**{field: value}), field) == value
+
+
+@pytest.mark.usefixtures("without_shape_checks")  # they would refuse it first
+def test_a_broken_number_is_refused_by_name():
+    with pytest.raises(RequestError, match=r"top_k must be a whole number, not 0\.5"):
+        SamplingParams(**{"top_k": 0.5})
 
 
 def test_fields_take_what_vllms_take():
