@@ -55,7 +55,7 @@ def test_a_closed_loop_over_http_beside_the_bare_engine(capsys, model):
 @pytest.mark.usefixtures("own_cache")
 def test_a_short_chaos(cache):
     report = run_chaos(flaky_server(0.01, 0), requests=150, instances=2)
-    assert report["passed"], report
+    assert report["passed"], json.dumps(report)
     assert report["checked_answers"] > 20
     assert report["completed"] > 50
     assert min(report["aborted"], report["refused"], report["failed_steps"]) > 0

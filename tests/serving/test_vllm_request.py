@@ -133,8 +133,7 @@ def test_a_rank_of_its_own_is_refused():
 def test_prompts_and_names():
     ids = pb.GenerateRequest(request_id="r", tokenized=pb.TokenizedInput(input_ids=[1, 2]))
     call = to_call(ids, client="me", name="other", priority=2, time_left_s=1.5)
-    assert (call.name, call.prompt, call.priority, call.time_left_s) == ("r", (1, 2), 2, 1.5)
-    assert to_call(pb.GenerateRequest(text="hi"), client="me", name="other").name == "other"
+    assert (call.name, call.prompt, call.priority, call.time_left_s) == ("other", (1, 2), 2, 1.5)
     assert to_call(pb.GenerateRequest(text=""), client="me", name="other").prompt == ""
     with pytest.raises(RequestError, match="no input"):
         to_call(pb.GenerateRequest(), client="me", name="other")
