@@ -39,9 +39,9 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
-def build_parser() -> Parser:
+def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands; each puts its function into `run`."""
-    parser = Parser(
+    parser: argparse.ArgumentParser = Parser(
         prog="loongjax",
         description=_DESCRIPTION,
         epilog=_EPILOG,
