@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -122,8 +124,11 @@ def _add_limit_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Serves until it is asked to end."""
+    """Serves until it is asked to end, and ends the process."""
     run_server(options, lambda built: None)
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(0)  # the interpreter would take a second and more to take jax's modules apart
 
 
 def run_server(options: argparse.Namespace, prepare: Callable[[BuiltEngine], object]) -> None:
