@@ -39,7 +39,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_engine_options(parser)
+    add_engine_options(parser, planning=False)
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="where the cost model goes (JSON)"
     )
@@ -50,16 +50,13 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def run(options: argparse.Namespace) -> None:
     """Measures, writes the file, and tells how good it is."""
     began = time.monotonic()
-    arguments = llm_arguments(options)
-    if arguments.pop("cost_model") is not None:
-        raise ConfigError("profile makes a cost model and takes none; leave --cost-model out")
-    arguments.pop("policy")
+    config = engine_config(**llm_arguments(options))
     if not options.out.absolute().parent.is_dir():
         raise ConfigError(f"--out {options.out}: there is no such folder")
     from loongjax.profiler.run import profile
 
     with progress_bar("profile", unit="point") as on_progress:
-        found = profile(options.model, engine_config(**arguments), options.out, on_progress)
+        found = profile(options.model, config, options.out, on_progress)
     report = describe(found, options.out, time.monotonic() - began)
     for kind, check in found.held_out.items():
         if check.median > _TOLERATED:
