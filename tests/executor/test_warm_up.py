@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 
 import jax
 import numpy as np
@@ -200,6 +201,26 @@ def test_groups_that_cannot_be_mapped_are_left_and_the_log_says_so(executor, mon
     assert {spec for spec, _ in bound} == set(executor.catalogue.specs)
     assert "warm-up: 4 groups have no room for their programs" in caplog.text
     assert executor.programs.guard.armed
+
+
+def test_no_program_is_unbound_for_one_that_may_never_be_needed(executor, monkeypatch, caplog):
+    """The room ends in the middle of a group."""
+    bound = []
+    get = ProgramLibrary.get
+
+    def watch(self, spec, group):
+        program = get(self, spec, group)
+        bound.append(group)
+        return program
+
+    with caplog.at_level(logging.INFO), monkeypatch.context() as patch:
+        patch.setattr(ProgramLibrary, "get", watch)
+        patch.setattr(module.mappings, "has_room", lambda: len(bound) < 9 + 4 + 1)
+        warm_up(executor)
+    assert executor.program_counts.unbound == 0
+    assert Counter(bound[: 9 + 4 + 1]) == {(0,): 4, (0, 1): 5, (1,): 4, (2,): 1}
+    assert "warm-up: 3 groups have no room for their programs" in caplog.text
+    assert "warm-up: 9 programs on 3 groups" in caplog.text
 
 
 def test_a_first_step_that_fails_is_an_error(executor, monkeypatch):
