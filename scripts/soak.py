@@ -120,7 +120,8 @@ def soak(
     )
     questions = _questions(config, seed)
     built = [
-        build_engine(MODEL, config, RandomPolicy(seed + i)).engine for i in range(max(1, engines))
+        build_engine(MODEL, config, RandomPolicy(seed=seed + i)).engine
+        for i in range(max(1, engines))
     ]
     report = Report()
     totals: Counter[str] = Counter()
