@@ -107,16 +107,6 @@ class DeviceMemory:
         for device in self._grid[instance]:
             self._pools[device] = self._pools[device]._replace(table=jax.device_put(table, device))
 
-    def pool_pointers(self) -> dict[int, tuple[int, int]]:
-        """Addresses of K and V by device id; steps must not change them."""
-        pools = dict(self._pools)
-        for pool in self._together.values():
-            pools |= _by_device(pool)
-        return {
-            device.id: (pool.k.unsafe_buffer_pointer(), pool.v.unsafe_buffer_pointer())
-            for device, pool in pools.items()
-        }
-
     def release(self) -> None:
         """Drops every reference to device memory."""
         self._pools.clear()
