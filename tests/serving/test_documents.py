@@ -13,7 +13,8 @@ from tests.serving.documents import section
 
 
 @pytest.mark.parametrize(
-    ("module", "name"), [(serve, "serve"), (bench_serve, "bench serve"), (bench_chaos, "bench chaos")]
+    ("module", "name"),
+    [(serve, "serve"), (bench_serve, "bench serve"), (bench_chaos, "bench chaos")],
 )
 def test_flags(module, name):
     commands = argparse.ArgumentParser().add_subparsers()
