@@ -95,7 +95,9 @@ def soak(
         program_dir=program_dir,
     )
     questions = _questions(config, seed)
-    built = [build_engine(MODEL, config, RandomPolicy(seed=seed + i)).engine for i in range(engines)]
+    built = [
+        build_engine(MODEL, config, RandomPolicy(seed=seed + i)).engine for i in range(engines)
+    ]
     for engine in built:
         _warm_up(engine, questions, seed, hang_s)
     report = _drive_all(built, questions, seconds, seed, hang_s)

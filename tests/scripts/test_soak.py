@@ -29,7 +29,7 @@ def test_random_regrouping_neither_hangs_nor_leaks_nor_says_something_else(tmp_p
 class Raising:
     """A policy that breaks."""
 
-    def __init__(self, seed: int) -> None: ...
+    def __init__(self, *, seed: int) -> None: ...
 
     def schedule(self, now: float, snapshot: object) -> None:
         raise ZeroDivisionError("sabotage")
