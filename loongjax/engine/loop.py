@@ -273,9 +273,9 @@ class Loop:
         if result.error is not None:
             self._fail_step(step, result.error)
         self._drop_lost_kv()
-        accepted = 0
+        accepted, requests = 0, self._state.open
         for name, token in result.tokens:
-            request = self._state.open.get(name)
+            request = requests.get(name)
             if request is None:  # it had ended already: nobody hears of this token
                 continue
             if request.is_stem:

@@ -184,19 +184,20 @@ class BlockAllocator:
         kv = self._held.get(request)
         if kv is None:
             return NOWHERE
-        last, room = kv.last_instance, self._room(kv)
+        last, room, shared = kv.last_instance, self._room(kv), kv.shared
+        if shared is None:
+            shared = self._count_shared(kv)
         tail = Share(last, room) if room else None
         # Nearly always: on one instance, without a hole.
         if len(kv.runs) == 1 and kv.runs[last].blocks * self.block_size == kv.computed + room:
-            share = Share(last, kv.computed)
-            return Whereabouts(kv.computed, (share,), tail, (), self._shared(kv))
+            return Whereabouts(kv.computed, (Share(last, kv.computed),), tail, (), shared)
         shares, holes = [], []
         for instance, run in sorted(kv.runs.items()):
             shares.append(Share(instance, run.tokens))
             unused = run.blocks * self.block_size - run.tokens - (instance == last) * room
             if unused:
                 holes.append(Share(instance, unused))
-        return Whereabouts(kv.computed, tuple(shares), tail, tuple(holes), self._shared(kv))
+        return Whereabouts(kv.computed, tuple(shares), tail, tuple(holes), shared)
 
     def shares(self, request: RequestId) -> tuple[Share, ...]:
         """See `Whereabouts`."""
@@ -212,11 +213,10 @@ class BlockAllocator:
 
     def fits(self, step: DecodeStep) -> bool:
         """Whether its homes have room for the tokens of all rows, each named once. O(rows)."""
-        wanted: Counter[InstanceId] = Counter()
-        for request, _, home in step.rows:
-            if not self._in_tail(self._held.get(request), home):
-                wanted[home] += 1
-        return all(blocks <= self._blocks[home].free for home, blocks in wanted.items())
+        if self._has_plenty(step):
+            return True
+        wanted = self._wanted_by(step).items()
+        return all(blocks <= self._blocks[home].free for home, blocks in wanted)
 
     def check_integrity(self) -> None:
         """Proves the books. O(all blocks), for tests and idle moments.
@@ -228,13 +228,12 @@ class BlockAllocator:
 
     # ---- families --------------------------------------------------------------------
 
-    def _shared(self, kv: Holding) -> tuple[Share, ...]:
-        if kv.shared is None:
-            counts = [
-                (instance, self._blocks[instance].shared_of(run.entries[:, 0] // self.block_size))
-                for instance, run in sorted(kv.runs.items())
-            ]
-            kv.shared = tuple(Share(i, n * self.block_size) for i, n in counts if n)
+    def _count_shared(self, kv: Holding) -> tuple[Share, ...]:
+        counts = [
+            (instance, self._blocks[instance].shared_of(run.entries[:, 0] // self.block_size))
+            for instance, run in sorted(kv.runs.items())
+        ]
+        kv.shared = tuple(Share(i, n * self.block_size) for i, n in counts if n)
         return kv.shared
 
     def _recount_shared(self, kv: Holding) -> None:
@@ -250,39 +249,49 @@ class BlockAllocator:
 
     def _decode(self, step: DecodeStep) -> DecodeSlots:
         held = self._held
-        wanted = [0] * self.instances
-        in_tail: list[bool] = []
-        for request, _, home in step.rows:
-            check_instance(step, request, home, self.instances)
-            fits = self._in_tail(held.get(request), home)
-            in_tail.append(fits)
-            if not fits:
-                wanted[home] += 1
         if len({request for request, _, _ in step.rows}) != len(step.rows):
             raise refusal(step, "names a request twice. Give each request one row")
-        if not all(in_tail):
+        if not self._has_plenty(step):
+            for request, _, home in step.rows:
+                check_instance(step, request, home, self.instances)
+            needed = self._wanted_by(step)
+            wanted = [needed[instance] for instance in range(self.instances)]
             check_free(step, wanted, self._blocks, self.block_size)
         slots: list[int] = []
         positions: list[int] = []
-        for (request, _, home), fits in zip(step.rows, in_tail, strict=True):
+        for request, _, home in step.rows:
             kv = held.get(request)
             if kv is None:
                 kv = held[request] = Holding()
+            slot = kv.next_slot
+            if kv.last_instance == home and self._room(kv):
+                kv.runs[home].fill_last(1)
+            else:
+                slot = self._blocks[home].take_one() * self.block_size
+                kv.run_on(home).add_token(slot, kv.computed)
+                kv.last_instance = home
+            slots.append(slot)
             positions.append(kv.computed)
-            slots.append(self._add_token(kv, home, fits))
+            kv.next_slot = slot + 1
+            kv.computed += 1
         return DecodeSlots(seq=step.seq, slots=tuple(slots), positions=tuple(positions))
 
-    def _add_token(self, kv: Holding, home: InstanceId, in_tail: bool) -> int:
-        if in_tail:
-            slot = kv.next_slot
-            kv.runs[home].fill_last(1)
-        else:
-            slot = self._blocks[home].take_one() * self.block_size
-            kv.run_on(home).add_token(slot, kv.computed)
-            kv.last_instance = home
-        kv.next_slot = slot + 1
-        kv.computed += 1
-        return slot
+    def _has_plenty(self, step: DecodeStep) -> bool:
+        """Whether its homes have a new block for every row, so that nobody needs to count."""
+        rows = len(step.rows)
+        return all(
+            0 <= home < self.instances and self._blocks[home].free >= rows
+            for home in {row[2] for row in step.rows}
+        )
+
+    def _wanted_by(self, step: DecodeStep) -> Counter[InstanceId]:
+        """New blocks that a decode step takes, by instance."""
+        held = self._held
+        return Counter(
+            home
+            for request, _, home in step.rows
+            if (kv := held.get(request)) is None or kv.last_instance != home or not self._room(kv)
+        )
 
     # ---- prefill ---------------------------------------------------------------------
 
@@ -401,16 +410,12 @@ class BlockAllocator:
 
     # ---- where the next token fits ---------------------------------------------------
 
-    def _in_tail(self, kv: Holding | None, home: InstanceId) -> bool:
-        """Whether a request's next token needs no new block on `home`."""
-        return kv is not None and kv.last_instance == home and self._room(kv) > 0
-
     def _room(self, kv: Holding | None) -> int:
         """Tokens that fit behind the newest one in its block; 0 while the block is shared."""
         if kv is None:
             return 0
         room = -kv.next_slot % self.block_size
-        if room == 0:
-            return 0
+        if room == 0 or kv.family is None:  # who was never forked shares nothing
+            return room
         block = kv.next_slot // self.block_size
         return room if self._blocks[kv.last_instance].references[block] == 1 else 0
