@@ -37,8 +37,8 @@ class AotRequest:
       max_chunk_tokens: Prompt tokens that an instance computes in one step at most.
       pool_slots: KV slots of each instance. None: what memory leaves.
       max_model_len: Positions of a request at most. None: the model's own.
-      quick: Compile with little effort, for a look at memory, traffic and schedule: a quarter of
-        the time on TPU, and slower programs, which are not kept.
+      quick: Compile with little effort, for a look at memory and traffic: a quarter of the time on
+        TPU, and slower programs, whose hops are not hidden and which are not kept.
     """
 
     target: str
