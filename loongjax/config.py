@@ -150,6 +150,9 @@ def engine_config(
     block_size: int = 16,
     pool_slots: int | None = None,
     max_model_len: int | None = None,
+    max_chunk_tokens: int = 2048,
+    policy: str = "first_come",
+    cost_model: str | Path | None = None,
     dtype: Dtype | None = None,
     attention_backend: Backend | None = None,
     program_dir: str | Path | None = None,
@@ -165,15 +168,18 @@ def engine_config(
         ),
         pool=PoolConfig(block_size=block_size, slots=pool_slots),
         max_model_len=max_model_len,
+        max_chunk_tokens=max_chunk_tokens,
+        policy=policy,
+        cost_model=_path(cost_model),
         dtype=dtype,
         attention_backend=attention_backend,
-        program_dir=_folder(program_dir),
-        trusted_program_dir=_folder(trust_library),
+        program_dir=_path(program_dir),
+        trusted_program_dir=_path(trust_library),
         warm_up=warm_up,
     )
 
 
-def _folder(path: str | Path | None) -> Path | None:
+def _path(path: str | Path | None) -> Path | None:
     return None if path is None else Path(path).expanduser()
 
 

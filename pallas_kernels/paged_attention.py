@@ -69,20 +69,20 @@ def load_keys(
     start_W: Int32[Array, " W"],
     count_W: Int32[Array, " W"],
     *,
+    entries: int,
     layer: int | Int32[Array, ""],
     block_size: int,
     decode: Callable[[Array], Array] = lambda x: x,
 ) -> Keys:
     """Loads the keys of work items: for each, `count` table entries from `start`, at most
-    `chunk_entries(block_size)`; none if `count` is not positive.
+    `entries`; none if `count` is not positive.
 
     `decode` turns stored rows of the pool into numbers (pools may hold bf16 as uint16).
     Slots that no entry names may be read, but are not passed on, even if they hold NaN.
     """
     _, slots, kv_heads, head_dim = k_pool.shape
-    step, items = chunk_entries(block_size), start_W.shape[0]
-    wide = (items, step * block_size)
-    entry = jnp.arange(step, dtype=jnp.int32)
+    wide = (start_W.shape[0], entries * block_size)
+    entry = jnp.arange(entries, dtype=jnp.int32)
     listed_WxE = entry < count_W[:, None]
     at_WxE = jnp.where(listed_WxE, start_W[:, None] + entry, 0)
     found_WxEx3 = table_Nx3.at[at_WxE].get(mode="promise_in_bounds")
@@ -140,6 +140,7 @@ def paged_attention(
             rows.table_Nx3,
             rows.start_R[row_W] + first_W,
             rows.entries_R[row_W] - first_W,
+            entries=step,
             layer=layer,
             block_size=block_size,
             decode=decode,

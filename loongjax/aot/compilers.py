@@ -94,7 +94,7 @@ def _environment(ours: Mapping[str, str]) -> dict[str, str]:
         "JAX_NUM_CPU_DEVICES": "1",
         "CUDA_VISIBLE_DEVICES": "-1",
         "TPU_SKIP_MDS_QUERY": "1",
-        # There is no chip that two processes could both take, for which libtpu looks out.
+        # Its lock keeps chips for one process. There are none, and several compile at a time.
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }

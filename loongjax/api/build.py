@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from loongjax.api.progress import progress_bar
 from loongjax.config import EngineConfig
-from loongjax.costmodel import ScalingInformationBase
+from loongjax.costmodel import CorrectedCost, ScalingInformationBase
 from loongjax.engine import Engine
 from loongjax.errors import ConfigError
 from loongjax.executor.host_time import HostTime
@@ -19,7 +19,8 @@ from loongjax.executor.protocol import Executor
 from loongjax.kvcache import BlockAllocator
 from loongjax.models.config import ModelConfig
 from loongjax.models.resolve import ResolvedModel, resolve
-from loongjax.plan import Topology
+from loongjax.plan import StepResult, Topology
+from loongjax.scheduler.learning import Learning
 from loongjax.scheduler.policies import create_policy, needs_cost
 from loongjax.scheduler.policy import Policy
 from loongjax.text import Tokenizer, load_tokenizer
@@ -64,7 +65,8 @@ def build_engine(model: str, config: EngineConfig, policy: Policy | None = None)
 
     Raises:
       ModelError: The model cannot be found or read.
-      ConfigError: The configuration does not fit the model or the devices.
+      ConfigError: The configuration does not fit the model or the devices, or its cost model is
+        of others.
       BackendStartedError: jax runs already, with too few devices.
       StepError: Warm-up failed.
     """
@@ -72,7 +74,7 @@ def build_engine(model: str, config: EngineConfig, policy: Policy | None = None)
     resolved = resolve(model)
     _check_max_model_len(config, resolved.config)
     tokenizer = load_tokenizer(resolved.tokenizer)
-    executor = _create_executor(resolved, config)
+    executor = _create_executor(model, resolved, config)
     try:
         topology = executor.topology
         allocator = BlockAllocator(
@@ -92,6 +94,7 @@ def build_engine(model: str, config: EngineConfig, policy: Policy | None = None)
             or min(resolved.config.max_positions, group_slots + 1),
             host_time=executor.host_time,
             eos_ids={*resolved.config.eos_ids, *(tokenizer.eos_ids if tokenizer else ())},
+            on_result=policy.observe if isinstance(policy, Learning) else _ignore,
         )
     except BaseException:
         executor.close()
@@ -115,14 +118,15 @@ def plan_engine(model: str, config: EngineConfig) -> tuple[ModelConfig, Executor
 
 
 def make_policy(config: EngineConfig) -> Policy:
-    """The policy that a configuration names, with its cost model.
+    """The policy that a configuration names, with its cost model, which learns as it serves.
 
     Raises:
       ConfigError: It does not exist, or needs a cost model that is missing or damaged.
     """
     if config.cost_model is not None:
-        cost = ScalingInformationBase.load(config.cost_model)
-        return create_policy(config.policy, cost)
+        cost = CorrectedCost(ScalingInformationBase.load(config.cost_model))
+        policy = create_policy(config.policy, cost)
+        return Learning(policy, cost) if needs_cost(config.policy) else policy
     if needs_cost(config.policy):
         raise ConfigError(
             f"policy {config.policy!r} plans by how long steps take; give a cost_model file, or "
@@ -131,21 +135,30 @@ def make_policy(config: EngineConfig) -> Policy:
     return create_policy(config.policy, None)
 
 
-def _create_executor(resolved: ResolvedModel, config: EngineConfig) -> DeviceExecutor:
+def _ignore(result: StepResult) -> None:
+    """Nobody learns from it."""
+
+
+def _create_executor(model: str, resolved: ResolvedModel, config: EngineConfig) -> DeviceExecutor:
     from loongjax.cluster.emulation import prepare_devices
 
     prepare_devices(config.cluster.devices)
     from loongjax.executor.create import create_executor
     from loongjax.executor.warm_up import warm_up
+    from loongjax.profiler.fingerprint import fingerprint
 
     executor = create_executor(resolved.config, resolved.source, config)
-    if config.warm_up:
-        try:
+    try:
+        if config.cost_model is not None:
+            shapes, limits = executor.programs.shapes, executor.limits
+            here = fingerprint(model, shapes, limits.max_chunk_tokens)
+            ScalingInformationBase.load(config.cost_model, expected=here)
+        if config.warm_up:
             with progress_bar("warm-up") as on_progress:
                 warm_up(executor, on_progress)
-        except BaseException:
-            executor.close()
-            raise
+    except BaseException:
+        executor.close()
+        raise
     return executor
 
 

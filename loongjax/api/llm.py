@@ -73,6 +73,9 @@ class LLM:
         block_size: int = 16,
         pool_slots: int | None = None,
         max_model_len: int | None = None,
+        max_chunk_tokens: int = 2048,
+        policy: str = "first_come",
+        cost_model: str | Path | None = None,
         dtype: Dtype | None = None,
         attention_backend: Backend | None = None,
         program_dir: str | Path | None = None,
@@ -90,6 +93,11 @@ class LLM:
           pool_slots: KV tokens per instance; None: what memory allows.
           max_model_len: Tokens of prompt and answer together; None: as many as the model and
             the pool allow.
+          max_chunk_tokens: Prompt tokens that an instance computes in one step at most.
+          policy: Who plans, such as `loongserve`; settings after a colon
+            (`loongjax.scheduler.policies`).
+          cost_model: File with the times of steps here, which all policies but `first_come`
+            need; `loongjax profile` makes it.
           dtype: `float32` or `bfloat16`; None: float32 on CPU, bfloat16 elsewhere.
           attention_backend: Which kernels run; None: the platform's own.
           program_dir: Folder of compiled programs; None: a folder of this user.
@@ -111,6 +119,9 @@ class LLM:
             block_size=block_size,
             pool_slots=pool_slots,
             max_model_len=max_model_len,
+            max_chunk_tokens=max_chunk_tokens,
+            policy=policy,
+            cost_model=cost_model,
             dtype=dtype,
             attention_backend=attention_backend,
             program_dir=program_dir,

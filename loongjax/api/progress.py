@@ -11,7 +11,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 
 @contextmanager
-def progress_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
+def progress_bar(title: str, unit: str = "program") -> Iterator[Callable[[int, int, str], None]]:
     """Gives a function to call with what is done, of how much, and what comes next.
 
     Log lines that are written meanwhile stand above the bar.
@@ -19,7 +19,7 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
     if not sys.stderr.isatty():
         yield lambda done, total, what: None
         return
-    with logging_redirect_tqdm(), tqdm(desc=title, unit="program", leave=False) as bar:
+    with logging_redirect_tqdm(), tqdm(desc=title, unit=unit, leave=False) as bar:
 
         def show(done: int, total: int, what: str) -> None:
             bar.total = total

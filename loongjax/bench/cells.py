@@ -165,7 +165,10 @@ def _warm_up(
     """Runs every job once, with short answers; an endless one gets a bound instead."""
     worker.ready()
     found: dict[Cell, Timing] = {}
+    longest_prompt = max((cell.prompt for cell in cells if cell.tokens == 1), default=1)
     for cell in cells:
+        # A prompt's time is held against longer ones, too.
+        share = cell.prompt / longest_prompt if cell.tokens == 1 else 1.0
         bound = _bound(cell, found) if cell.tokens == 1 else None
         if bound is not None and bound.first_s > _ENDLESS_JOB_S:
             found[cell] = bound
@@ -174,7 +177,7 @@ def _warm_up(
             for _ in range(2):  # the first run may compile; a second one tells slow from cold
                 found[cell] = worker.measure(jobs[cell.what], min(cell.tokens, _WARM_UP_TOKENS))
                 _tell("warm-up", worker, cell, found[cell])
-                if cell.expected_s(found[cell]) <= _SLOW_JOB_S:
+                if cell.expected_s(found[cell]) <= _SLOW_JOB_S * share:
                     break
     worker.warmed()
     return found

@@ -17,7 +17,7 @@ class Effort:
     """
 
     repeats: int = 5
-    decode_tokens: int = 97
+    decode_tokens: int = 65
     host_steps: int = 100
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
 

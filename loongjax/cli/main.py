@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from loongjax import __version__
-from loongjax.cli import aot, bench, doctor, generate, plan, serve, simulate
+from loongjax.cli import aot, bench, doctor, generate, plan, profile, serve, simulate
 from loongjax.errors import LoongJaxError, UserError
 
 _DESCRIPTION = """\
@@ -44,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_command(commands)
     generate.add_command(commands)
     plan.add_command(commands)
+    profile.add_command(commands)
     serve.add_command(commands)
     simulate.add_command(commands)
     doctor.add_command(commands)

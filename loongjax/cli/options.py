@@ -54,6 +54,25 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="prompt and answer together, in tokens (default: the model's context)",
     )
     group.add_argument(
+        "--max-chunk-tokens",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="prompt tokens that each instance computes in one step at most (default 2048)",
+    )
+    group.add_argument(
+        "--policy",
+        default="first_come",
+        metavar="P",
+        help="who plans what runs where, such as loongserve, with settings after a colon "
+        "(default first_come, which needs no cost model)",
+    )
+    group.add_argument(
+        "--cost-model",
+        metavar="FILE",
+        help="times of steps on these devices, made by `loongjax profile`",
+    )
+    group.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
         help="of weights, KV and activations (default: float32 on CPU, else bfloat16)",
@@ -95,7 +114,7 @@ def degree_list(text: str) -> tuple[int, ...]:
 
 def llm_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `loongjax.LLM` beside the model."""
-    for name in ("pool_slots", "max_model_len"):
+    for name in ("pool_slots", "max_model_len", "max_chunk_tokens"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
@@ -106,6 +125,9 @@ def llm_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "block_size": options.block_size,
         "pool_slots": options.pool_slots,
         "max_model_len": options.max_model_len,
+        "max_chunk_tokens": options.max_chunk_tokens,
+        "policy": options.policy,
+        "cost_model": options.cost_model,
         "dtype": options.dtype,
         "attention_backend": options.attention_backend,
         "program_dir": options.program_dir,

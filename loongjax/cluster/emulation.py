@@ -1,58 +1,74 @@
 """Emulated CPU devices: what has to be set before the jax backend starts.
 
-A process gets its devices when the backend starts, and cannot get more afterwards. So this
-asks for a few more than needed: a notebook can try another degree without a restart.
+A process gets its devices and its threads when the backend starts. Several instances need many
+threads, and get a few more devices than needed, so that a notebook can try another degree. One
+instance alone is up to a third faster with a thread for each core. So a backend that was
+started for fewer is started anew, as long as that takes nothing from anyone.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 
 import jax
+from jax.extend import backend
 
 from loongjax.errors import BackendStartedError
 
-_SPARE_DEVICES = 8
-# The CPU client sizes its thread pool by NPROC. With a thread for each core, programs of
-# disjoint groups in flight together can wait for each other's threads forever.
+_DEVICES_TO_SHARE = 8
+# The CPU client sizes its thread pools by NPROC, else by the cores. With a thread for each core,
+# programs of disjoint groups in flight together can wait for each other's threads forever.
 _POOL_THREADS = 64
+
+_log = logging.getLogger(__name__)
 
 
 def prepare_devices(needed: int) -> None:
     """Makes jax emulate at least `needed` devices if it runs on CPU.
 
-    Emulates 64 at most; does nothing to accelerators. Raises BackendStartedError if jax has
-    started already and was not set up so; the message says what to run first.
+    Emulates 64 at most; does nothing to accelerators. A backend that runs with too few is
+    started anew if no array lives on it; jitted functions then compile again.
+
+    Raises BackendStartedError if an array does; the message says what to run first.
     """
-    wanted = min(max(needed, _SPARE_DEVICES), _POOL_THREADS)  # a thread for each device
+    if needed == 1:
+        return  # there always is one
+    wanted = min(max(needed, _DEVICES_TO_SHARE), _POOL_THREADS)  # a thread for each device
+    have = jax.config.jax_num_cpu_devices or 0
     threads = os.environ.get("NPROC")
     enough = threads is not None and int(threads) >= _POOL_THREADS
+    if enough and have >= wanted:
+        return
     if not enough:
         os.environ["NPROC"] = str(_POOL_THREADS)
     try:
-        if (jax.config.jax_num_cpu_devices or 0) < wanted:
-            jax.config.update("jax_num_cpu_devices", wanted)
-        elif not enough:
-            # A change raises if the backend runs, and then its pool was made without NPROC.
-            jax.config.update("jax_num_cpu_devices", jax.config.jax_num_cpu_devices + 1)
+        # A change raises if the backend runs; without NPROC, its pool would be small.
+        jax.config.update("jax_num_cpu_devices", max(wanted, have if enough else have + 1))
     except RuntimeError as error:
-        if not enough:  # too late, and the next to ask must see that, too
-            os.environ.pop("NPROC")
+        try:
+            _start_anew(needed, wanted, enough, error)
+        except BackendStartedError:
+            os.environ.pop("NPROC")  # the next to ask must see that it was too late
             os.environ.update({} if threads is None else {"NPROC": threads})
-        _check_started(needed, enough, error)
+            raise
 
 
-def _check_started(needed: int, pool_is_large: bool, error: RuntimeError) -> None:
+def _start_anew(needed: int, wanted: int, pool_is_large: bool, error: RuntimeError) -> None:
     if jax.default_backend() != "cpu":
         return
-    have = len(jax.devices())
-    if needed > _POOL_THREADS:
-        return  # never to be had here; whoever takes the devices says so
-    if have >= needed and (needed == 1 or pool_is_large):
-        return
-    raise BackendStartedError(
-        f"jax started with {have} CPU device(s) before loongjax could set up {needed} emulated "
-        f"instance device(s) and a thread pool for them. Create the LLM before other code uses "
-        f"jax, or run first: import os; os.environ['NPROC'] = '{_POOL_THREADS}'; "
-        f"os.environ['JAX_NUM_CPU_DEVICES'] = '{max(needed, _SPARE_DEVICES)}'"
-    ) from error
+    have, alive = len(jax.devices()), len(jax.live_arrays())
+    if needed > _POOL_THREADS or (have >= needed and pool_is_large):
+        return  # more than 64 are never to be had: whoever takes the devices says so
+    if alive:
+        raise BackendStartedError(
+            f"jax started with {have} CPU device(s) before loongjax could set up {needed} emulated "
+            f"instance device(s) and a thread pool for them, and cannot start anew: {alive} "
+            "array(s) are alive. Close other LLMs and delete arrays; or create this LLM before "
+            f"other code uses jax; or run first: import os; os.environ['NPROC'] = "
+            f"'{_POOL_THREADS}'; os.environ['JAX_NUM_CPU_DEVICES'] = "
+            f"'{max(needed, _DEVICES_TO_SHARE)}'"
+        ) from error
+    _log.info("jax had %d CPU device(s); starting it anew with %d", have, wanted)
+    backend.clear_backends()
+    jax.config.update("jax_num_cpu_devices", wanted)

@@ -1,7 +1,4 @@
-"""How long steps take: measured, fitted, or estimated. Imports no jax.
-
-The profiler, which measures, is a module of its own, to be imported by name.
-"""
+"""How long steps take: measured (`loongjax.profiler`) or estimated. Imports no jax."""
 
 from loongjax.costmodel.calibrated import calibrated_sib
 from loongjax.costmodel.correction import CorrectedCost

@@ -44,14 +44,16 @@ class PrefillFit:
     square_s: float
     history_s: float
 
-    def seconds(self, chunks: Sequence[ChunkWork]) -> float:
-        """The time of a step of these chunks."""
+    def seconds(self, chunks: Sequence[ChunkWork], computed: int | None = None) -> float:
+        """The time of a step of these chunks; `computed` tokens, if it is padded."""
         tokens = squares = histories = 0
         for length, history in chunks:
             tokens += length
             squares += length * (length + 2 * history)
             histories += history
         constant = self.resumed_constant_s if histories else self.constant_s
+        if computed is not None:
+            tokens = computed
         work = self.token_s * tokens + self.square_s * squares + self.history_s * histories
         return constant + work
 
@@ -104,11 +106,12 @@ class MigrateFit:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrefillSample:
-    """A measured prefill step."""
+    """A measured prefill step; `computed` tokens in all, if it was padded."""
 
     degree: int
     chunks: tuple[ChunkWork, ...]
     seconds: float
+    computed: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -237,7 +240,7 @@ def _errors(predicted: Sequence[float], samples: Sequence[SampleT]) -> FitErrors
 
 def _prefill_row(sample: PrefillSample) -> tuple[float, ...]:
     history = sum(chunk.history for chunk in sample.chunks)
-    tokens = sum(chunk.tokens for chunk in sample.chunks)
+    tokens = sample.computed or sum(chunk.tokens for chunk in sample.chunks)
     squares = sum(chunk.tokens * (chunk.tokens + 2 * chunk.history) for chunk in sample.chunks)
     work = (float(tokens), float(squares), float(history))
     return (float(not history), float(bool(history)), *work)

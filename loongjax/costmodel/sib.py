@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from loongjax.costmodel.fit import DecodeFit, MigrateFit, PrefillFit
+from loongjax.costmodel.padding import Padding
 from loongjax.costmodel.protocol import ChunkWork, DecodeWork
 from loongjax.errors import ConfigError
 
@@ -70,6 +71,9 @@ class ScalingInformationBase:
       migrate: Moving KV between two instances.
       host: Time of the engine itself.
       pool_slots: KV tokens that an instance of this kind holds, if that was found too.
+      padding: The sizes to which steps are rounded up. None: to none.
+      crowding: Part of its time by which a step takes longer for each other group that works
+        meanwhile: 0 on devices of their own, 1 where all share the same cores.
     """
 
     fingerprint: Fingerprint
@@ -79,6 +83,8 @@ class ScalingInformationBase:
     migrate_fit: MigrateFit
     host: HostTime
     pool_slots: int | None = None
+    padding: Padding | None = None
+    crowding: float = 0.0
     _prefill: dict[int, PrefillFit] = field(
         init=False, default_factory=dict, repr=False, compare=False
     )
@@ -98,11 +104,13 @@ class ScalingInformationBase:
 
     def prefill(self, degree: int, chunks: Sequence[ChunkWork]) -> float:
         """See `CostModel`."""
-        return self.prefill_fit(degree).seconds(chunks)
+        computed = None if self.padding is None else self.padding.tokens(degree, chunks)
+        return self.prefill_fit(degree).seconds(chunks, computed)
 
     def decode(self, degree: int, work: DecodeWork) -> float:
         """See `CostModel`."""
-        return self.decode_fit(degree).seconds(degree, work)
+        padded = work if self.padding is None else self.padding.work(degree, work)
+        return self.decode_fit(degree).seconds(degree, padded)
 
     def migrate(self, tokens: int) -> float:
         """See `CostModel`."""
@@ -152,6 +160,8 @@ class ScalingInformationBase:
             "migrate": asdict(self.migrate_fit),
             "host": asdict(self.host),
             "pool_slots": self.pool_slots,
+            "padding": None if self.padding is None else asdict(self.padding),
+            "crowding": self.crowding,
         }
 
     @classmethod
@@ -194,6 +204,8 @@ class ScalingInformationBase:
                 migrate_fit=MigrateFit(**content["migrate"]),
                 host=HostTime(**content["host"]),
                 pool_slots=content["pool_slots"],
+                padding=_padding(content.get("padding")),
+                crowding=content.get("crowding", 0.0),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(
@@ -206,6 +218,12 @@ class ScalingInformationBase:
                 "Measure here with `loongjax profile`, or give the file that belongs here"
             )
         return found
+
+
+def _padding(content: Mapping[str, Sequence[int]] | None) -> Padding | None:
+    if content is None:
+        return None
+    return Padding(chunks=tuple(content["chunks"]), rows=tuple(content["rows"]))
 
 
 def _scaled(fit: FitT, names: tuple[str, ...], factor: float) -> FitT:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import atexit
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 
 from loongjax.engine.admission import Admission
@@ -32,7 +32,7 @@ from loongjax.errors import StepError
 from loongjax.executor.host_time import HostTime
 from loongjax.executor.protocol import Executor
 from loongjax.kvcache import BlockAllocator
-from loongjax.plan import RequestId, Topology
+from loongjax.plan import RequestId, StepResult, Topology
 from loongjax.scheduler.policy import Policy
 
 
@@ -57,6 +57,7 @@ class Engine:
         max_model_len: int,
         eos_ids: Iterable[int] = (),
         host_time: HostTime | None = None,
+        on_result: Callable[[StepResult], object] = lambda result: None,
     ) -> None:
         """Starts the loop. From here on the executor belongs to the engine, which closes it.
 
@@ -69,6 +70,7 @@ class Engine:
           max_model_len: Tokens of prompt and answer together.
           eos_ids: Tokens that end an answer, unless a request ignores them.
           host_time: The executor's, if it has one: it knows more phases than the engine sees.
+          on_result: Hears of every step that ended, on the loop's thread.
         """
         limits = executor.limits
         self.limits = Admission(
@@ -93,6 +95,7 @@ class Engine:
             history=self._history,
             host_time=self.host_time,
             eos_ids=frozenset(eos_ids),
+            on_result=on_result,
         )
         self._thread = threading.Thread(target=self._loop.run, name="loongjax-engine", daemon=True)
         self._thread.start()

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 
 from loongjax.engine.forks import Forks, make_stem
 from loongjax.engine.front import Abort, Door, Samples, Submission
@@ -62,7 +63,10 @@ class Loop:
         history: History,
         host_time: HostTime,
         eos_ids: frozenset[int],
+        on_result: Callable[[StepResult], object] = lambda result: None,
     ) -> None:
+        """`on_result` hears of every step that ended, before anything comes of it."""
+        self._on_result = on_result
         self._executor = executor
         self._policy = policy
         self._state = state
@@ -258,6 +262,7 @@ class Loop:
 
     def _land(self, result: StepResult) -> bool:
         """Books a result; says whether the policy should know."""
+        self._on_result(result)
         step, ended = self._state.land(result.seq)
         before = len(self._state.open)
         self._history.add_step(step, result)

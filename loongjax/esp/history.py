@@ -26,7 +26,7 @@ from loongjax.esp.meta import Meta
 from loongjax.esp.partials import return_to_masters
 from loongjax.kvcache.pool import KVPool, from_stored
 from pallas_kernels.backends import Kernels
-from pallas_kernels.paged_attention import Keys, RowTables, chunk_entries, load_keys
+from pallas_kernels.paged_attention import Keys, RowTables, load_keys
 from pallas_kernels.partials import (
     Carry,
     Partial,
@@ -41,6 +41,15 @@ from pallas_kernels.striped_attention import tile_size
 
 Window = int | Int32[Array, ""] | None
 _ROWS_AT_ONCE = 64  # queries that a kernel attends to the same keys
+# Keys of one work item. On CPU, 512 keys for 256 queries are 1.8 times as fast as 128. A tile of
+# queries from all ranks is as many times larger, and its scores are to stay in the cache.
+_ITEM_TOKENS = 512
+_LEAST_ITEM_TOKENS = 128
+
+
+def item_entries(block_size: int, degree: int) -> int:
+    """Table entries of one work item."""
+    return max(_LEAST_ITEM_TOKENS, _ITEM_TOKENS // degree) // block_size or 1
 
 
 class Trips(NamedTuple):
@@ -253,20 +262,22 @@ class HistoryAttention:
         )
 
     def _work_items(self) -> Int32[Array, " C"]:
-        step = chunk_entries(self.block_size)
+        step = item_entries(self.block_size, self.degree)
         return (self.meta["history_entries"] + step - 1) // step
 
     def _load(
         self, pool: KVPool, c: Int32[Array, ""], item: Int32[Array, ""], layer: int | Array
     ) -> Keys:
         """The keys of one work item of chunk c, as the only one of a batch."""
-        first = item * chunk_entries(self.block_size)
+        entries = item_entries(self.block_size, self.degree)
+        first = item * entries
         return load_keys(
             pool.k,
             pool.v,
             pool.table,
             (self.meta["history_start"][c] + first)[None],
             (self.meta["history_entries"][c] - first)[None],
+            entries=entries,
             layer=layer,
             block_size=self.block_size,
             decode=from_stored,

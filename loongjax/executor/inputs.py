@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from loongjax.errors import StepError
-from loongjax.esp.history import Trips
+from loongjax.esp.history import Trips, item_entries
 from loongjax.esp.migrate import TILE
 from loongjax.executor.protocol import RequestInput
 from loongjax.kvcache.messages import DecodeSlots, MigrateSlots, PrefillSlots
@@ -28,7 +28,6 @@ from loongjax.plan import (
     RequestId,
 )
 from loongjax.programs.spec import ProgramSpec
-from pallas_kernels.paged_attention import chunk_entries
 
 NO_TOKEN = -1
 
@@ -142,7 +141,7 @@ def add_history(
             field["chunk_begin"][c], field["chunk_end"][c] = used, end
             field["chunk_start"][c] = chunk.start
             field["history_start"][c], field["history_entries"][c] = start, entries
-            items[rank] += -(-entries // chunk_entries(table.block_size))
+            items[rank] += -(-entries // item_entries(table.block_size, spec.degree))
         used = end
     chosen = trips(used, max(items))
     for field in fields:

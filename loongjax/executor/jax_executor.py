@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding
 
 from loongjax.cluster.mesh import DeviceGrid
 from loongjax.errors import StepError
-from loongjax.esp.history import Trips, history_trips
+from loongjax.esp.history import Trips, history_trips, item_entries
 from loongjax.executor.device_memory import DeviceMemory
 from loongjax.executor.host_time import HostTime
 from loongjax.executor.inputs import (
@@ -320,7 +320,7 @@ class JaxExecutor:
             tokens=tokens,
             bucket=spec.bucket,
             items=items,
-            item_tokens=chunk_entries(block_size) * block_size,
+            item_tokens=item_entries(block_size, spec.degree) * block_size,
             query_bytes=c.heads * (c.head_dim * itemsize + (c.head_dim + 1) * 4),
             key_bytes=2 * c.kv_heads * c.head_dim * itemsize,
             passes_keys=not kernels_of(self._shapes.attention_backend).shares_keys,

@@ -75,9 +75,15 @@ def platform_key(device: KnownDevice) -> dict[str, object]:
         "platform_version": _compiler_version(device),
         "device_kind": device.device_kind,
         "cpu_features": cpu_features_digest() if device.platform == "cpu" else "",
+        "cpu_threads": _cpu_threads() if device.platform == "cpu" else "",
         "flags": {name: os.environ.get(name, "") for name in _FLAGS},
         "jax_config": {name: str(getattr(jax.config, name)) for name in _JAX_CONFIG},
     }
+
+
+def _cpu_threads() -> str:
+    """The size of the client's thread pool, for which XLA cuts loops into tasks."""
+    return os.environ.get("NPROC") or str(os.cpu_count())
 
 
 def _compiler_version(device: KnownDevice) -> str:

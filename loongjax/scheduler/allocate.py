@@ -159,14 +159,12 @@ class _Judge:
         self, ranking: Sequence[Candidate], degrees: Sequence[int], rank: int
     ) -> Iterator[_Option]:
         """The first ones of a ranking, at every degree that it has."""
-        wanted = set(degrees)
-        for sums in _running_sums(ranking):
-            if sums.degree in wanted:
-                yield from self._options(sums, rank, ())
+        for sums in _running_sums(ranking, degrees):
+            yield from self._options(sums, rank, ())
 
     def judge(self, members: tuple[Candidate, ...], rank: int) -> Iterator[_Option]:
         """One group."""
-        *_, sums = _running_sums(members)
+        (sums,) = _running_sums(members, (len(members),))
         yield from self._options(sums, rank, members)
 
     def _options(self, sums: _Sums, rank: int, members: tuple[Candidate, ...]) -> Iterator[_Option]:
@@ -210,12 +208,14 @@ class _Sums(NamedTuple):
     given: int
 
 
-def _running_sums(candidates: Sequence[Candidate]) -> Iterator[_Sums]:
-    """Of the first, of the first two, and so on."""
+def _running_sums(candidates: Sequence[Candidate], degrees: Sequence[int]) -> Iterator[_Sums]:
+    """Of the first ones, as many as each of the degrees, which ascend, says."""
+    wanted = set(degrees)
+    most = degrees[-1] if degrees else 0
     wait = paused = 0.0
     free = cleared = given = 0
     moved: int | None = 0
-    for count, candidate in enumerate(candidates, 1):
+    for count, candidate in enumerate(candidates[:most], 1):
         wait = max(wait, candidate.wait)
         free += candidate.free
         if candidate.paused:
@@ -225,7 +225,8 @@ def _running_sums(candidates: Sequence[Candidate]) -> Iterator[_Sums]:
             moved = None if moved is None or candidate.moved is None else moved + candidate.moved
         else:
             cleared += candidate.free
-        yield _Sums(count, wait, free, cleared, paused, moved, given)
+        if count in wanted:
+            yield _Sums(count, wait, free, cleared, paused, moved, given)
 
 
 def _ids(candidates: Sequence[Candidate]) -> Group:

@@ -100,7 +100,8 @@ def deploy(
         description says, else the fewest that hold the weights with as much room for KV.
       pool_slots: KV tokens of an instance. None: as measured, or what memory leaves.
       block_size: Tokens per block.
-      max_chunk_tokens: Prompt tokens of a step for each rank. None: as many as KV fits.
+      max_chunk_tokens: Prompt tokens of a step for each rank. None: as measured, or as many as
+        KV fits.
       every_subset: Any instances may form a group, whatever is usual for the platform.
       layout: How the chips are cut if neither `instances` nor `tensor_parallel` is given.
       host: Time of the engine itself. None: that of the cost model.
@@ -136,13 +137,16 @@ def deploy(
             f"an instance has {slots} KV slots in blocks of {block_size}; it needs at least one "
             "block. Say --pool-slots"
         )
-    chunk = slots if max_chunk_tokens is None else max_chunk_tokens
+    padding = cost.padding
+    chunk, rows = (slots, _MAX_ROWS) if padding is None else (padding.chunks[-1], padding.rows[-1])
+    if max_chunk_tokens is not None:
+        chunk = max_chunk_tokens
     return Deployment(
         name=hardware,
         topology=EverySubset(count) if every_subset else default_topology(platform, count),
         pool_slots=slots,
         block_size=block_size,
-        limits=ExecutorLimits(max_chunk_tokens=chunk, max_rows=_MAX_ROWS),
+        limits=ExecutorLimits(max_chunk_tokens=chunk, max_rows=rows, steps_ahead=1),
         cost=cost,
         reference=reference,
         reference_degree=reference_degree,

@@ -10,16 +10,15 @@ have all KV that it needs.
 
 from __future__ import annotations
 
-import heapq
 from dataclasses import dataclass
 
 from loongjax.costmodel.protocol import CostModel
 from loongjax.costmodel.sib import HostTime
+from loongjax.costmodel.steps import step_seconds
 from loongjax.errors import IntegrityError, StepError
 from loongjax.executor.protocol import ExecutorLimits, RequestInput
 from loongjax.kvcache.messages import SlotPlan
 from loongjax.plan import (
-    InstanceId,
     MigrateStep,
     PrefillStep,
     RequestId,
@@ -28,11 +27,11 @@ from loongjax.plan import (
     StepResult,
 )
 from loongjax.programs.counts import ProgramCounts
+from loongjax.simulator.devices import Devices
 from loongjax.simulator.door import SimulatedDoor
 from loongjax.simulator.jobs import Job
 from loongjax.simulator.ledger import Held, Ledger
 from loongjax.simulator.scaling import ScalingCounter
-from loongjax.simulator.work import step_seconds
 
 WORD = 0
 END = 1
@@ -56,15 +55,17 @@ class VirtualExecutor:
         cost: CostModel,
         host: HostTime,
         limits: ExecutorLimits,
+        crowding: float = 0.0,
     ) -> None:
+        """`crowding`: see `Devices`."""
         self._door = door
         self._ledger = ledger
         self._cost = cost
         self._host = host
         self._limits = limits
         self._now = 0.0
-        self._flying: list[tuple[float, int, _Flight]] = []
-        self._idle_at: dict[InstanceId, float] = {}
+        self._devices = Devices(crowding)
+        self._flying: dict[int, _Flight] = {}
         self._lives: dict[RequestId, _Life] = {}
         self.scaling = ScalingCounter()
         self.steps = 0
@@ -100,13 +101,10 @@ class VirtualExecutor:
         self._ledger.apply(step, slots)
         self.scaling.add(step)
         self._now += self._host.step_s + self._host.row_s * _rows(step)
-        started = max(self._now, *(self._idle_at.get(i, 0.0) for i in step.group))
-        ended = started + seconds
-        self._idle_at.update(dict.fromkeys(step.group, ended))
+        self._devices.launch(self._now, step.seq, step.group, seconds)
         names = _sampled(step)
         held = tuple([self._lives[name].held.total for name in names])
-        flight = _Flight(started=started, names=names, held=held)
-        heapq.heappush(self._flying, (ended, step.seq, flight))
+        self._flying[step.seq] = _Flight(names=names, held=held)
         self.steps += 1
         self.busy_s += seconds * len(step.group)
 
@@ -119,19 +117,18 @@ class VirtualExecutor:
         """
         self._ledger.check()
         self._now += self._host.turn_s
-        coming = [self._flying[0][0]] if self._flying else []
-        if (arrival := self._door.next_time) is not None:
-            coming.append(arrival)
+        coming = [t for t in (self._devices.next_end, self._door.next_time) if t is not None]
         if coming:
             self._now = max(self._now, min(coming))
         elif not self._door.closing:
             raise StepError("the simulation stands still: requests are open, and nothing is due")
         self._door.advance(self._now)
         results = []
-        while self._flying and self._flying[0][0] <= self._now:
-            ended, seq, flight = heapq.heappop(self._flying)
-            tokens = self._sample(flight)
-            results.append(StepResult(seq=seq, tokens=tokens, started=flight.started, ended=ended))
+        for step in self._devices.advance(self._now):
+            tokens = self._sample(self._flying.pop(step.seq))
+            results.append(
+                StepResult(seq=step.seq, tokens=tokens, started=step.started, ended=step.ended)
+            )
         return results
 
     def wake(self) -> None:
@@ -165,12 +162,10 @@ class _Flight:
     """A step that was launched.
 
     Attributes:
-      started: When [s].
       names: Requests that get a token by it.
       held: KV tokens that each of those has then.
     """
 
-    started: float
     names: tuple[RequestId, ...]
     held: tuple[int, ...]
 

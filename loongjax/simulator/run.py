@@ -94,6 +94,7 @@ def assemble(
         cost=deployment.cost,
         host=deployment.cost.host,
         limits=deployment.limits,
+        crowding=deployment.cost.crowding,
     )
     state = make_state(allocator=allocator, topology=deployment.topology, limits=deployment.limits)
     history = History()

@@ -35,7 +35,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[FakeDevices]:
     """Executors that `build_engine` makes, fake ones."""
     executors: list[FakeDevices] = []
 
-    def create(resolved: ResolvedModel, config: EngineConfig) -> FakeDevices:
+    def create(_: str, resolved: ResolvedModel, config: EngineConfig) -> FakeDevices:
         executors.append(FakeDevices(config))
         return executors[-1]
 

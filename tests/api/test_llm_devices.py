@@ -193,10 +193,10 @@ def test_refusals_name_value_and_limit(programs):
         with pytest.raises(CapacityError, match=r"64"):
             llm.generate([1] * 60, SamplingParams(max_tokens=10))
         assert used(llm) == 0
+        with pytest.raises(BackendStartedError, match="JAX_NUM_CPU_DEVICES"):
+            make(programs, instances=9, degrees=None)
     with pytest.raises(ConfigError, match="900"):
         make(programs, instances=900, degrees=None)
-    with pytest.raises(BackendStartedError, match="JAX_NUM_CPU_DEVICES"):
-        make(programs, instances=9, degrees=None)
     with pytest.raises(ConfigError, match="5"):
         make(programs, degrees=(5,))
     with pytest.raises(ConfigError, match="3"):

@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from loongjax import LLM, SamplingParams
-from loongjax.api.build import build_engine, make_policy
-from loongjax.config import ClusterConfig, EngineConfig, PoolConfig
+from loongjax.api.build import make_policy, plan_engine
+from loongjax.config import EngineConfig, engine_config
+from loongjax.costmodel import DecodeWork
 from loongjax.errors import ConfigError
+from loongjax.profiler.fingerprint import fingerprint
+from loongjax.scheduler.learning import Learning
 from loongjax.scheduler.policies.first_come import FirstCome
 from loongjax.scheduler.policies.loongserve import LoongServe
 from tests.api.test_llm_devices import count_ties, draw_prompts
 from tests.costmodel.sibs import toy_sib
 
+OPTIONS = {
+    "instances": 2,
+    "degrees": (1, 2),
+    "block_size": 1,
+    "pool_slots": 512,
+    "max_model_len": 256,
+    "max_chunk_tokens": 256,
+}
+
 
 @pytest.fixture(scope="module")
 def cost_model(tmp_path_factory):
+    """Made up, as if it had been measured here."""
+    plan = plan_engine("random:tiny", engine_config(**OPTIONS))[1]
+    here = fingerprint("random:tiny", plan.shapes, plan.catalogue.max_chunk_tokens)
     path = tmp_path_factory.mktemp("cost") / "sib.json"
-    toy_sib().save(path)
+    replace(toy_sib(), fingerprint=here).save(path)
     return path
 
 
@@ -30,16 +46,14 @@ def programs(tmp_path_factory):
 
 @pytest.mark.parametrize("policy", ["loongserve", "chunked_prefill:chunk=32", "disaggregated"])
 def test_tokens_do_not_depend_on_the_policy(policy, cost_model, programs):
-    config = EngineConfig(
-        cluster=ClusterConfig(instances=2, degrees=(1, 2)),
-        pool=PoolConfig(block_size=1, slots=512),
-        max_model_len=256,
+    llm = LLM(
+        "random:tiny",
+        **OPTIONS,
         policy=policy,
         cost_model=cost_model,
         program_dir=programs,
     )
-    built = build_engine("random:tiny", config)
-    with LLM.from_engine(built.engine, built.tokenizer) as llm:
+    with llm:
         params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
         outputs = llm.generate(draw_prompts(5, seed=3), params)
         assert [output.finish_reason for output in outputs] == ["length"] * 5
@@ -49,7 +63,21 @@ def test_tokens_do_not_depend_on_the_policy(policy, cost_model, programs):
 def test_a_policy_gets_its_settings_and_its_cost_model(cost_model):
     assert make_policy(EngineConfig()) == FirstCome()
     policy = make_policy(EngineConfig(policy="loongserve:headroom=9", cost_model=cost_model))
-    assert policy == LoongServe(cost=toy_sib(), headroom=9)
+    assert isinstance(policy, Learning)
+    assert policy.inner == LoongServe(cost=policy.cost, headroom=9)
+    assert policy.cost.decode(2, DecodeWork(1, 9, 1)) == toy_sib().decode(2, DecodeWork(1, 9, 1))
+    assert make_policy(EngineConfig(cost_model=cost_model)) == FirstCome()
+
+
+def test_a_cost_model_of_something_else_is_refused(cost_model, programs):
+    with pytest.raises(ConfigError, match=r"blocks of 1, steps of 512.*blocks of 16, steps of"):
+        LLM(
+            "random:tiny",
+            **(OPTIONS | {"block_size": 16}),
+            policy="loongserve",
+            cost_model=cost_model,
+            program_dir=programs,
+        )
 
 
 def test_a_policy_that_plans_by_time_needs_a_cost_model():

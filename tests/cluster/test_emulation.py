@@ -57,11 +57,13 @@ def test_more_than_one_engine_may_ask():
     assert output_of(f"{PREPARE}(4); {COUNT}; prepare_devices(8)") == "8 cpu"
 
 
-def test_one_instance_is_always_there():
+def test_one_instance_alone_has_a_thread_for_each_core():
+    check = "import os; assert 'NPROC' not in os.environ"
+    assert output_of(f"{PREPARE}(1); {check}; {COUNT}") == "1 cpu"
     assert output_of(f"import jax; jax.devices(); {PREPARE}(1); {COUNT}") == "1 cpu"
 
 
-@pytest.mark.parametrize(
+STARTED_BEFORE = pytest.mark.parametrize(
     ("environment", "needed", "have"),
     [
         ({}, 4, 1),
@@ -70,13 +72,41 @@ def test_one_instance_is_always_there():
         ({"JAX_NUM_CPU_DEVICES": "8"}, 12, 8),
     ],
 )
-def test_jax_that_started_before_is_an_error_that_says_what_to_run(environment, needed, have):
-    done = run(f"import jax; jax.devices(); {PREPARE}({needed})", **environment)
+
+
+@STARTED_BEFORE
+def test_jax_starts_anew_where_no_array_is_alive(environment, needed, have):
+    before = f"import os, jax; assert len(jax.devices()) == {have}; jax.jit(lambda: 1)()"
+    check = "assert os.environ['NPROC'] == '64'"
+    script = f"{before}; {PREPARE}({needed}); {check}; {COUNT}; print(jax.jit(lambda x: x + 1)(1))"
+    assert output_of(script, **environment) == f"{max(needed, 8)} cpu\n2"
+
+
+@STARTED_BEFORE
+def test_arrays_from_before_are_an_error_that_says_what_to_run(environment, needed, have):
+    before = "import jax; mine = jax.numpy.ones(3)"
+    done = run(f"{before}; {PREPARE}({needed})", **environment)
     assert done.returncode != 0
     (message,) = re.findall(r"BackendStartedError: (.*)", done.stderr)
     assert f"jax started with {have} CPU device(s) before" in message
     assert f"{needed} emulated instance device(s)" in message
-    assert "Create the LLM before other code uses jax" in message
+    assert "1 array(s) are alive" in message
+    assert "create this LLM before other code uses jax" in message
     recipe = message.split("run first: ")[1]
     script = f"{recipe}\nimport jax; jax.devices(); {PREPARE}({needed}); {COUNT}"
     assert output_of(script, **environment) == f"{max(needed, 8)} cpu"
+
+
+def test_a_refusal_leaves_the_environment_as_it_was():
+    script = f"""import os, jax; mine = jax.numpy.ones(3)
+{PREPARE}
+for _ in range(2):
+    try:
+        prepare_devices(4)
+    except ValueError:
+        assert "NPROC" not in os.environ
+    else:
+        raise AssertionError
+del mine
+prepare_devices(4); {COUNT}"""
+    assert output_of(script) == "8 cpu"

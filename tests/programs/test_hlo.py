@@ -23,7 +23,7 @@ from pallas_kernels.kv_write import kv_write
 from pallas_kernels.paged_attention import RowTables, paged_attention
 from tests.esp.rig import TINY
 
-SLOTS = 8190  # one pool is larger than everything else in these programs together
+SLOTS = 16382  # one pool is larger than everything else in these programs together
 BLOCK_SIZE = 4
 LOCAL_POOL = (TINY.layers, padded_slots(SLOTS, BLOCK_SIZE), TINY.kv_heads, TINY.head_dim)
 TOKENS, ROWS = 64, 4

@@ -126,6 +126,7 @@ def test_whole_group_works_on_everything() -> None:
 
 def test_everybody_gets_a_token_between_two_prompts() -> None:
     it = rig(FixedGroups(cost=COST))
+    it.steps_ahead = 0
     submit(it, "a", 5, tokens=9)
     kinds = []
     for name in "bcd":

@@ -73,7 +73,7 @@ def plan(
             )
             for i in range(instances)
         ),
-        in_flight=frozenset(),
+        in_flight=frozenset(v.id for v in views if v.last_seq in (busy or {}).values()),
         topology=EverySubset(instances),
     )
     policy = LoongServe(**{"cost": AnalyticCost()} | settings)

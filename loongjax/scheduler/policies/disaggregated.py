@@ -30,6 +30,7 @@ from loongjax.scheduler.policies.lane import (
     Budget,
     Lane,
     lanes,
+    lanes_to_go_on,
     preempt_strangers,
     reject_too_long,
 )
@@ -76,7 +77,12 @@ class Disaggregated:
         steps = _Plan(self, table, groups[:count], groups[count:]).steps(
             {rejection.request for rejection in reject}
         )
-        return Plan(steps=tuple(steps), preempt=tuple(table.preempted), reject=reject)
+        return Plan(
+            steps=tuple(steps),
+            preempt=tuple(table.preempted),
+            reject=reject,
+            ahead=lanes_to_go_on(table, groups[count:], steps),
+        )
 
 
 class _Plan:

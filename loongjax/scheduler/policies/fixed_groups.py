@@ -27,6 +27,7 @@ from loongjax.scheduler.policies.lane import (
     Budget,
     Lane,
     lanes,
+    lanes_to_go_on,
     preempt_strangers,
     reject_too_long,
 )
@@ -84,7 +85,12 @@ class FixedGroups:
             if step is not None:
                 steps.append(step)
             line = [view for view in line if view.id not in table.placed]
-        return Plan(steps=tuple(steps), preempt=tuple(table.preempted), reject=reject)
+        return Plan(
+            steps=tuple(steps),
+            preempt=tuple(table.preempted),
+            reject=reject,
+            ahead=frozenset() if line else lanes_to_go_on(table, groups, steps),
+        )
 
     def _line(
         self, table: Worktable, rejected: set[RequestId], degree: int

@@ -10,7 +10,7 @@ line, by the memory test of `dispatch`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -25,7 +25,9 @@ from loongjax.plan import (
     Rejection,
     RequestView,
     Share,
+    Step,
     Topology,
+    step_requests,
 )
 from loongjax.scheduler.dispatch import Prompt, memory_allows
 from loongjax.scheduler.policies.retention import in_order
@@ -239,6 +241,18 @@ class Lane:
         while behind and needed > self.free:
             table.preempt(behind.pop())
         return needed <= self.free
+
+
+def lanes_to_go_on(
+    table: Worktable, groups: Iterable[Group], steps: Iterable[Step]
+) -> frozenset[Group]:
+    """Lanes that decode on by themselves (`Plan.ahead`): all, unless somebody who decodes has no
+    step. Who waits for instances otherwise, policies know.
+    """
+    seated = {name for step in steps for name in step_requests(step)}
+    if table.preempted or any(view.id not in seated for view in table.resting):
+        return frozenset()
+    return frozenset(groups)
 
 
 def preempt_strangers(table: Worktable, groups: Sequence[Group]) -> None:

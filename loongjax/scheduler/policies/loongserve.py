@@ -5,6 +5,7 @@ One plan is made in this order:
 2. Prompts (`prefills`): dispatch, allocate, batching, scale-down; migration of decodes to
    make room for them.
 3. All other decodes that can run; groups that are compute bound scale up.
+4. Which decodes go on by themselves until there is something to decide (`continuing`).
 
 A pure function of the snapshot, as every policy: what the paper's manager remembers of the
 past (how long answers are) is estimated from the requests that decode. Where it plans for all
@@ -22,7 +23,8 @@ from dataclasses import dataclass
 
 from loongjax.costmodel.protocol import CostModel
 from loongjax.errors import ConfigError
-from loongjax.plan import Plan, Snapshot
+from loongjax.plan import DecodeStep, Group, Plan, Snapshot
+from loongjax.scheduler.policies.continuing import groups_to_go_on
 from loongjax.scheduler.policies.prefills import Prefills
 from loongjax.scheduler.policies.seating import Seating
 from loongjax.scheduler.policies.worktable import Worktable, line_key
@@ -81,10 +83,7 @@ class LoongServe:
     def schedule(self, now: float, snapshot: Snapshot) -> Plan:
         """See `Policy`. Looks at the clock for patience alone."""
         table = Worktable(snapshot, self.headroom)
-        if not table.idle:
-            return Plan()
         seating = Seating(table, grows=self.scale_up)
-        seating.seat_the_short()
         prefills = Prefills(
             table,
             self.cost,
@@ -92,14 +91,20 @@ class LoongServe:
             migrates=self.migrates,
             decode_s=self.decode_s,
         )
-        prefills.seat(now, self.patience)
-        seating.seat_the_rest()
-        seating.grow_for_compute(self.cost)
-        decode_steps = seating.steps(snapshot.next_seq + len(prefills.steps), self.cost)
-        steps = (*prefills.steps, *decode_steps)
+        decodes: list[DecodeStep] = []
+        if table.idle:
+            seating.seat_the_short()
+            prefills.seat(now, self.patience)
+            seating.seat_the_rest()
+            seating.grow_for_compute(self.cost)
+            decodes = seating.steps(snapshot.next_seq + len(prefills.steps), self.cost)
+        steps = (*prefills.steps, *decodes)
         if not steps and not table.soon and not table.late:
             _preempt_last(table)
-        return Plan(steps=steps, preempt=tuple(table.preempted))
+        ahead = frozenset[Group]()
+        if not prefills.anyone_waits(now, self.patience):
+            ahead = groups_to_go_on(table, decodes, grows=self.scale_up, cost=self.cost)
+        return Plan(steps=steps, preempt=tuple(table.preempted), ahead=ahead)
 
 
 def _preempt_last(table: Worktable) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 from loongjax.plan import Group, InstanceId, RequestView
 from loongjax.scheduler.policies.board import Board
+from loongjax.scheduler.policies.seats import parts
 
 
 def groups_to_go_on(board: Board, planned: Iterable[Group]) -> frozenset[Group]:
@@ -42,11 +43,7 @@ def _is_needed(board: Board, group: Group, rows: list[RequestView]) -> bool:
     """Whether these decode together, and on no smaller group."""
     if not rows:
         return False
-    together: list[frozenset[InstanceId]] = []
-    for view in rows:
-        apart = [homes for homes in together if homes.isdisjoint(view.homes)]
-        joined = view.homes.union(*(homes for homes in together if homes not in apart))
-        together = [*apart, joined]
+    together = parts(view.homes for view in rows)
     if len(together) > 1:
         return False
     least = -(-len(rows) // board.snapshot.max_rows)

@@ -92,6 +92,18 @@ class Prefills:
                 return
             some = [*some[count or 1 :], *islice(line, count or 1)]
 
+    def anyone_waits(self, now: float, patience: float) -> bool:
+        """Whether a prompt that this plan does not begin waits for more than memory; see `seat`."""
+        table = self._table
+        if table.preempted:
+            return True
+        busy = table.snapshot.in_flight
+        line = (v for v in table.line if v.id not in busy and v.id not in table.placed)
+        head = next(line, None)
+        if head is None:
+            return False
+        return bool(head.kv) or now - head.arrival < patience or self._has_memory(head)
+
     def _is_whole(self, view: RequestView) -> bool:
         """Whether one step can compute all of it, over no KV."""
         return not view.kv and view.length <= self._table.longest_prefill

@@ -92,6 +92,19 @@ def seat_beside(
     return best
 
 
+def parts(homes: Iterable[frozenset[InstanceId]]) -> list[frozenset[InstanceId]]:
+    """The instances of requests with these homes, put together where requests share any: those of
+    one part have to decode together, others need not.
+    """
+    found: list[frozenset[InstanceId]] = []
+    for own in homes:
+        if own in found:
+            continue
+        apart = [part for part in found if part.isdisjoint(own)]
+        found = [*apart, own.union(*(part for part in found if part not in apart))]
+    return found
+
+
 def most_free(
     instances: Iterable[InstanceId], free: Mapping[InstanceId, int] | Sequence[int]
 ) -> list[InstanceId]:

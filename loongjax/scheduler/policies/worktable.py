@@ -56,8 +56,9 @@ class Worktable:
       late: Instances that a prefill step works on.
       free: Free blocks by instance.
       capacity: All blocks by instance.
-      near: Requests that decode, that no step works on, and that have KV on an instance that
-        was idle, by arrival.
+      resting: Requests that decode and that no step works on, as the plan found them, by
+        arrival.
+      near: Those of them that have KV on an instance that was idle.
       preempted: Requests whose KV this plan drops.
       placed: Prompts that get KV by this plan, with it.
       stuck: Requests that decode and have no room, and will have none before others end.
@@ -76,12 +77,12 @@ class Worktable:
         self.held: set[InstanceId] = set()
         self._was_idle = frozenset(self.idle)
         in_flight, idle = snapshot.in_flight, self.idle
-        near = [
+        self.resting = [view for view in snapshot.running if view.id not in in_flight]
+        self.near = [
             view
-            for view in snapshot.running
-            if (view.kv[0][0] in idle or len(view.kv) > 1) and view.id not in in_flight
+            for view in self.resting
+            if view.kv[0][0] in idle or (len(view.kv) > 1 and not idle.isdisjoint(view.homes))
         ]
-        self.near = [v for v in near if v.kv[0][0] in idle or not idle.isdisjoint(v.homes)]
         self.preempted: list[RequestId] = []
         self.placed: dict[RequestId, RequestView] = {}
         self.stuck: set[RequestId] = set()
@@ -124,14 +125,25 @@ class Worktable:
 
     def _tenants(self, views: Iterable[RequestView]) -> dict[InstanceId, Tenants]:
         found: dict[InstanceId, Tenants] = {}
-        for view in views:
-            grows = self.blocks(self.granted(view)) - self.blocks(view.computed)
-            for instance, _ in view.kv:
-                there = found.setdefault(instance, Tenants())
-                there.paused += 1.0 / (view.generated or 1)
+        size, headroom = self.snapshot.block_size, self.headroom
+        for view in views:  # the numbers of `granted` and `held_blocks`, without their calls
+            computed = view.computed
+            granted = view.prompt + view.max_tokens - 1
+            if headroom is not None:
+                known = view.prompt + view.generated
+                granted = min(granted, (known if known > computed else computed) + headroom)
+            held = -(-computed // size)
+            grows = max(0, -(-granted // size) - held)
+            paused = 1.0 / (view.generated or 1)
+            whole = len(view.kv) == 1 and not view.holes
+            for share in view.kv:
+                there = found.get(share[0])
+                if there is None:
+                    there = found[share[0]] = Tenants()
+                there.paused += paused
                 there.rows += 1
-                there.growth += max(0, grows)
-                there.blocks += self.held_blocks(view, instance)
+                there.growth += grows
+                there.blocks += held if whole else self.held_blocks(view, share[0])
         for view in self.begun:
             grows = self.blocks(self.granted(view)) - self.blocks(view.computed)
             for instance, _ in view.kv:

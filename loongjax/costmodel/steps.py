@@ -9,22 +9,39 @@ nothing, as in the program that does it.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
 
 from loongjax.costmodel.protocol import ChunkWork, CostModel, DecodeWork
-from loongjax.plan import DecodeStep, InstanceId, MigrateStep, PrefillStep, Step
-from loongjax.simulator.ledger import Ledger
+from loongjax.plan import (
+    DecodeStep,
+    InstanceId,
+    MigrateStep,
+    PrefillStep,
+    RequestId,
+    Step,
+)
 
 
-def step_seconds(step: Step, ledger: Ledger, cost: CostModel) -> float:
-    """Predicts a step from what the ledger held before its launch."""
+@runtime_checkable
+class Holdings(Protocol):
+    """Who knows where KV lies."""
+
+    def tokens(self, request: RequestId) -> Mapping[InstanceId, int]:
+        """KV tokens of a request by instance."""
+        ...
+
+
+def step_seconds(step: Step, held: Holdings, cost: CostModel) -> float:
+    """Predicts a step from what was held before its launch."""
     if isinstance(step, PrefillStep):
-        return _prefill(step, ledger, cost)
+        return _prefill(step, held, cost)
     if isinstance(step, DecodeStep):
-        return cost.decode(len(step.group), decode_work(step, ledger))
+        return cost.decode(len(step.group), decode_work(step, held))
     return _migrate(step, cost)
 
 
-def decode_work(step: DecodeStep, ledger: Ledger) -> DecodeWork:
+def decode_work(step: DecodeStep, held: Holdings) -> DecodeWork:
     """A decode step's work, for the rank that has most of each kind."""
     degree = len(step.group)
     rows = Counter(row.master for row in step.rows)
@@ -33,7 +50,7 @@ def decode_work(step: DecodeStep, ledger: Ledger) -> DecodeWork:
     longest = 0
     for row in step.rows:
         load[row.home] += 1
-        for instance, tokens in ledger.tokens(row.request).items():
+        for instance, tokens in held.tokens(row.request).items():
             load[instance] += tokens
             longest = max(longest, tokens)
     return DecodeWork(
@@ -44,14 +61,14 @@ def decode_work(step: DecodeStep, ledger: Ledger) -> DecodeWork:
     )
 
 
-def _prefill(step: PrefillStep, ledger: Ledger, cost: CostModel) -> float:
+def _prefill(step: PrefillStep, held: Holdings, cost: CostModel) -> float:
     degree = len(step.group)
     fresh = [ChunkWork(chunk.length, chunk.start) for chunk in step.chunks]
     if not any(chunk.start for chunk in step.chunks):
         return cost.prefill(degree, fresh)
     in_place, gathered = [], 0
     for chunk in step.chunks:
-        fullest = max(ledger.tokens(chunk.request).values(), default=0)
+        fullest = max(held.tokens(chunk.request).values(), default=0)
         in_place.append(ChunkWork(chunk.length, max(chunk.start, fullest * degree)))
         gathered += chunk.start if degree > 1 else 0
     return min(cost.prefill(degree, in_place), cost.prefill(degree, fresh) + cost.migrate(gathered))

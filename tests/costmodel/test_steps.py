@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from loongjax.costmodel.protocol import ChunkWork, DecodeWork
+from loongjax.costmodel.steps import decode_work, step_seconds
 from loongjax.kvcache import BlockAllocator
 from loongjax.plan import (
     Chunk,
@@ -17,7 +18,6 @@ from loongjax.plan import (
     Share,
 )
 from loongjax.simulator.ledger import Ledger
-from loongjax.simulator.work import decode_work, step_seconds
 from tests.costmodel.sibs import toy_sib
 
 COST = toy_sib()

@@ -1,0 +1,171 @@
+"""Single steps on an executor, timed: the engine's own messages without an engine.
+
+Owns the requests of the point that is being measured. One step runs at a time, but for
+`together`. Times are the executor's own: from a step's launch until its tokens are on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+from loongjax.errors import StepError
+from loongjax.executor.protocol import ExecutorLimits, RequestInput
+from loongjax.kvcache import BlockAllocator
+from loongjax.kvcache.messages import SlotPlan
+from loongjax.plan import (
+    Chunk,
+    DecodeRow,
+    DecodeStep,
+    Group,
+    InstanceId,
+    MigrateStep,
+    Move,
+    Placement,
+    PrefillStep,
+    RequestId,
+    Share,
+    Step,
+    StepResult,
+    Topology,
+)
+
+_PATIENCE_S = 600.0
+
+
+@runtime_checkable
+class StepExecutor(Protocol):
+    """What a profile needs of an `Executor`."""
+
+    @property
+    def limits(self) -> ExecutorLimits:
+        """What one step may hold."""
+        ...
+
+    def now(self) -> float:
+        """The clock [s]."""
+        ...
+
+    def admit(self, request: RequestInput) -> None:
+        """Makes a request known."""
+        ...
+
+    def submit(self, step: Step, slots: SlotPlan) -> None:
+        """Launches a step."""
+        ...
+
+    def poll(self, timeout: float) -> list[StepResult]:
+        """Finished steps; waits up to `timeout` seconds for the first."""
+        ...
+
+    def forget(self, request: RequestId) -> None:
+        """Forgets a request altogether."""
+        ...
+
+
+@dataclass(kw_only=True, slots=True)
+class Runner:
+    """See the module.
+
+    Attributes:
+      executor: What runs the steps, made for nobody else.
+      topology: Its groups.
+      allocator: The slots of its pool.
+      vocab_size: Prompts are of ids below it.
+    """
+
+    executor: StepExecutor
+    topology: Topology
+    allocator: BlockAllocator
+    vocab_size: int
+    _seq: int = 0
+    _opened: int = 0
+    _lengths: dict[RequestId, int] = field(default_factory=dict)
+
+    def group(self, degree: int) -> Group:
+        """The first of a degree."""
+        return self.topology.groups(degree)[0]
+
+    def open(self, tokens: int) -> RequestId:
+        """A new request whose prompt has so many tokens."""
+        self._opened += 1
+        name = f"profile-{self._opened}"
+        ids = [(self._opened * 7919 + i * 31) % self.vocab_size for i in range(tokens)]
+        self.executor.admit(RequestInput(id=name, token_ids=ids, temperature=0.0, seed=0))
+        self._lengths[name] = tokens
+        return name
+
+    def close_all(self) -> None:
+        """Ends all requests."""
+        for name in self._lengths:
+            self.allocator.release(name)
+            self.executor.forget(name)
+        self._lengths.clear()
+
+    # ---- steps -----------------------------------------------------------------------
+
+    def prefill(self, group: Group, chunks: Sequence[tuple[RequestId, int]]) -> float:
+        """Computes the next tokens of each; KV lies evenly. Says how long it took [s]."""
+        made, keep = [], []
+        for name, length in chunks:
+            start = self.allocator.computed(name)
+            last = start + length == self._lengths[name]
+            made.append(Chunk(request=name, start=start, length=length, last=last))
+            keep.append(Placement(request=name, shares=self._shares(group, length)))
+        step = PrefillStep(seq=self._next(), group=group, chunks=tuple(made), keep=tuple(keep))
+        return self._run([step])[0]
+
+    def decode_step(self, group: Group, names: Sequence[RequestId], masters: int) -> DecodeStep:
+        """One token for each, on so many masters; its KV goes to instances in turn."""
+        rows = tuple(
+            DecodeRow(name, group[i % masters], group[i % len(group)])
+            for i, name in enumerate(names)
+        )
+        return DecodeStep(seq=self._next(), group=group, rows=rows)
+
+    def decode(self, group: Group, names: Sequence[RequestId], masters: int) -> float:
+        """See `decode_step`; says how long it took [s]."""
+        return self._run([self.decode_step(group, names, masters)])[0]
+
+    def together(self, steps: Sequence[Step]) -> float:
+        """Runs steps of disjoint groups at once: the mean of their times [s]."""
+        return sum(self._run(steps)) / len(steps)
+
+    def migrate(self, name: RequestId, source: InstanceId, target: InstanceId) -> float:
+        """Moves all that `source` holds of a request [s]."""
+        tokens = dict(self.allocator.shares(name))[source]
+        group = self.topology.smallest_cover(frozenset({source, target}))
+        if group is None:
+            raise StepError(f"no group holds instances {source} and {target}")
+        moves = (Move(name, source, target, tokens),)
+        return self._run([MigrateStep(seq=self._next(), group=group, moves=moves)])[0]
+
+    def _run(self, steps: Sequence[Step]) -> list[float]:
+        for step in steps:
+            self.executor.submit(step, self.allocator.apply(step))
+        results: dict[int, StepResult] = {}
+        deadline = self.executor.now() + _PATIENCE_S
+        while len(results) < len(steps):
+            if self.executor.now() > deadline:
+                raise StepError(f"step {steps[0].seq} did not end in {_PATIENCE_S} s")
+            results |= {result.seq: result for result in self.executor.poll(timeout=1.0)}
+        for result in results.values():
+            if result.error is not None:
+                raise StepError(f"a step that was to be measured failed: {result.error}")
+        return [results[step.seq].ended - results[step.seq].started for step in steps]
+
+    def _next(self) -> int:
+        self._seq += 1
+        return self._seq
+
+    def _shares(self, group: Group, length: int) -> tuple[Share, ...]:
+        """Even parts, in whole blocks but the last."""
+        size = self.allocator.block_size
+        each = -(-length // (len(group) * size)) * size
+        found = []
+        for instance in group:
+            if length > 0:
+                found.append(Share(instance, min(each, length)))
+                length -= each
+        return tuple(found)
