@@ -21,6 +21,7 @@ from loongjax.executor.program_plan import (
 )
 from loongjax.models.config import ModelConfig
 from loongjax.models.random_weights import random_config
+from pallas_kernels.tuning import tunings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +91,8 @@ def plan_aot(request: AotRequest) -> AotPlan:
     hardware = load_hardware(target.chip)
     model = _model(request)
     config = _engine_config(request, target)
-    programs = plan_programs(model, config, hardware.platform)
+    chip = target.chip if target.chip in tunings() else ""  # as a server there finds it
+    programs = plan_programs(model, config, hardware.platform, chip)
     weight_bytes = device_weight_bytes(programs.shapes)
     available = int(hardware.hbm_bytes * target.memory_share)
     if weight_bytes >= available:

@@ -9,12 +9,12 @@ from loongjax.errors import ConfigError
 from pallas_kernels.backend_names import BACKENDS
 
 
-def add_engine_options(parser: argparse.ArgumentParser) -> None:
+def add_engine_options(parser: argparse.ArgumentParser, *, needs_model: bool = True) -> None:
     """The options of `loongjax.LLM`."""
     group = parser.add_argument_group("engine")
     group.add_argument(
         "--model",
-        required=True,
+        required=needs_model,
         help="demo, random:NAME, a folder, a .gguf file, or an id on the Hugging Face hub",
     )
     group.add_argument(
