@@ -53,7 +53,7 @@ class ClusterConfig:
         per device and adds two reductions for each layer. A change recompiles every program.
       degrees: Numbers of instances that may work together. Programs to compile grow with
         their number. A request's KV must fit the largest. None: all that the hardware has
-        groups for.
+        groups for; on emulated devices the powers of two and `instances`.
     """
 
     instances: int = 1
@@ -109,6 +109,8 @@ class EngineConfig:
       warm_up: Make all programs before the first request: minutes the first time, and then no
         request waits for a compilation. False: each is made when a step first needs it.
       strict_programs: Fail a step whose program warm-up did not make, instead of compiling it.
+      kept_steps: Steps that are kept for looking back (`LLM.timeline`), and as many ended requests.
+        Memory: up to 3 KB for each.
     """
 
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -123,6 +125,7 @@ class EngineConfig:
     trusted_program_dir: Path | None = None
     warm_up: bool = False
     strict_programs: bool = False
+    kept_steps: int = 100_000
 
     def __post_init__(self) -> None:
         if self.max_model_len is not None and self.max_model_len < 2:
@@ -131,6 +134,7 @@ class EngineConfig:
                 f"{self.max_model_len}"
             )
         _at_least_one("max_chunk_tokens", self.max_chunk_tokens)
+        _at_least_one("kept_steps", self.kept_steps)
         if self.strict_programs and not self.warm_up:
             raise ConfigError("strict_programs needs warm_up: no program would ever be made")
         if self.dtype is not None and self.dtype not in _DTYPES:

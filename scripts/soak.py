@@ -112,7 +112,7 @@ def soak(
 ) -> Report:
     """Runs it; `program_dir` as in `EngineConfig`. `picture` gets the end of it, drawn."""
     config = EngineConfig(
-        cluster=ClusterConfig(instances=instances),
+        cluster=ClusterConfig(instances=instances, degrees=tuple(range(1, instances + 1))),
         pool=PoolConfig(block_size=4, slots=512),
         max_model_len=256,
         max_chunk_tokens=MAX_CHUNK_TOKENS,

@@ -2,6 +2,10 @@
 
     LoongJaxError
     ├── UnsupportedError     a feature of the protocol that this server does not have
+    ├── UnknownClientError   no token, or one that nobody has
+    ├── ForbiddenError       a known client that may not do this
+    ├── AbsentError          what was named does not exist
+    ├── OversizedError       a message larger than the limit
     ├── BusyError            a limit is reached that will have room again
     └── DrainingError        the server is about to end
 
@@ -20,6 +24,22 @@ from loongjax.errors import EngineClosedError, LoongJaxError, UserError
 
 class UnsupportedError(LoongJaxError):
     """A client asked for a feature that this server does not have."""
+
+
+class UnknownClientError(LoongJaxError):
+    """A client did not say who it is, or said it wrongly."""
+
+
+class ForbiddenError(LoongJaxError):
+    """A client asked for what it may not do."""
+
+
+class AbsentError(LoongJaxError):
+    """What a client named does not exist."""
+
+
+class OversizedError(LoongJaxError):
+    """A message is larger than the server takes."""
 
 
 class DrainingError(LoongJaxError):
@@ -59,6 +79,10 @@ class Status:
 # a retry would not help it, so it is not told as exhausted.
 _CODES: tuple[tuple[type[Exception], StatusCode, int], ...] = (
     (UnsupportedError, StatusCode.UNIMPLEMENTED, 501),
+    (UnknownClientError, StatusCode.UNAUTHENTICATED, 401),
+    (ForbiddenError, StatusCode.PERMISSION_DENIED, 403),
+    (AbsentError, StatusCode.NOT_FOUND, 404),
+    (OversizedError, StatusCode.RESOURCE_EXHAUSTED, 413),
     (BusyError, StatusCode.RESOURCE_EXHAUSTED, 429),
     (DrainingError, StatusCode.UNAVAILABLE, 503),
     (EngineClosedError, StatusCode.UNAVAILABLE, 503),

@@ -17,9 +17,16 @@ from dataclasses import dataclass
 from loongjax.api.build import BuiltEngine
 from loongjax.engine import Engine
 from loongjax.errors import EngineClosedError
+from serving.auth import Guard
 from serving.config import ServeConfig
 from serving.grpc.server import GrpcServer
+from serving.http.app import make_app
+from serving.http.server import HttpServer
+from serving.logs import log_request
+from serving.metrics import Metrics
 from serving.service import Service
+from serving.steering import Steering
+from serving.steps import StepFeed
 
 _LOOK_S = 0.1
 """How often the engine is looked at; its open requests know of its death at once."""
@@ -31,9 +38,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Addresses:
-    """Where a server listens."""
+    """Where a server listens; `http` None: it does not."""
 
     grpc: str
+    http: str | None
 
 
 def serve(
@@ -45,7 +53,7 @@ def serve(
     """Serves until a signal ends it; closes the engine.
 
     Raises:
-      ConfigError: An address cannot be used.
+      ConfigError: An address, a certificate or a token file cannot be used.
       EngineClosedError: The engine died.
     """
     try:
@@ -60,22 +68,39 @@ async def _serve(
     config: ServeConfig,
     on_ready: Callable[[Addresses], object],
 ) -> None:
-    service = Service(built=built, model_name=model_name, max_requests=config.max_requests)
-    server = GrpcServer(service, config)
+    guard = Guard.of_files(config.token_file, config.cluster_token_file)
+    service = Service(built=built, model_name=model_name, limits=config.limits)
+    metrics = Metrics(service)
+    service.observers = (log_request, metrics.observe)
+    feed = StepFeed(built.engine, [metrics.count_steps])
+    grpc = GrpcServer(service, Steering(built), feed, config, guard)
+    http = _http(service, guard, metrics, config)
+    following = asyncio.create_task(feed.run())
     with _signals() as asked:
-        await server.start()
-        on_ready(Addresses(grpc=server.address))
+        await grpc.start()
+        if http is not None:
+            await http.start()
+        on_ready(Addresses(grpc=grpc.address, http=None if http is None else http.address))
         await _until(asked, built.engine)
-        await server.set_ready(False)
+        await grpc.set_ready(False)
         if built.engine.alive:
             _log.info("draining %d open requests", service.open_requests)
             await service.drain(config.grace_s)
             built.engine.close()
         died = not asked.is_set()
-        await server.stop(_LAST_WORDS_S)
+        await asyncio.gather(*(each.stop(_LAST_WORDS_S) for each in (grpc, http) if each))
+    following.cancel()
     if died:
         raise EngineClosedError("the engine died, and the server with it; the log says of what")
     _log.info("ended")
+
+
+def _http(
+    service: Service, guard: Guard, metrics: Metrics, config: ServeConfig
+) -> HttpServer | None:
+    if config.http_port is None:
+        return None
+    return HttpServer(make_app(service, guard, metrics), config, config.http_port)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ Owns the clients' names of open requests, and whether new ones are taken. Belong
 loop; only the bridge is touched by the engine's thread.
 
 Promises: a request whose reader leaves, for whatever reason, is aborted, so that its KV is free
-when the step that works on it has ended.
+when the step that works on it has ended; each is reported once, when it has ended.
 """
 
 from __future__ import annotations
@@ -13,20 +13,24 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Literal, TypeAlias
 
 from loongjax.api.build import BuiltEngine
-from loongjax.api.prompts import encode_prompt
-from loongjax.engine import GenerationRequest, RequestHandle
+from loongjax.engine import FinishedEvent, GenerationRequest, RequestHandle, Timings
 from loongjax.errors import EngineClosedError, LoongJaxError, RequestError
 from loongjax.sampling.params import SamplingParams
-from serving.errors import BusyError, DrainingError
+from serving.config import Limits
+from serving.errors import DrainingError, status_of
+from serving.gate import Gate, Ticket, WithdrawnError
 from serving.stream import AnswerStream, Bridge, Progress
+from serving.text import Prompt, encode
 
-_RETRY_AFTER_S = 1
+Protocol: TypeAlias = Literal["vllm", "grpc", "http"]
+
 _log = logging.getLogger(__name__)
 
 
@@ -35,15 +39,19 @@ class Call:
     """What a client asks for, in no protocol's words.
 
     Attributes:
-      name: The client's name for it; free, but unique among open requests.
-      prompt: A text, or token ids.
+      name: The client's name for it; free, but unique among its open requests.
+      client: Who asks; see `serving.auth`.
+      protocol: How it came.
+      prompt: A text, token ids, or a chat.
       params: How to answer.
-      priority: Higher is served earlier, by policies that look at it.
+      priority: Higher is served earlier: in the client's own line, and by policies that look at it.
       time_left_s: When the client gives up, from now [s]; None: it does not.
     """
 
     name: str
-    prompt: str | Sequence[int]
+    client: str
+    protocol: Protocol
+    prompt: Prompt
     params: SamplingParams
     priority: int = 0
     time_left_s: float | None = None
@@ -55,20 +63,51 @@ class Answers:
 
     Attributes:
       stream: What comes of it.
-      prompt_tokens: Length of its prompt.
+      ticket: Its place at the gate; None before its prompt is known.
       handles: Its ends in the engine, one for each answer; empty before the engine has it.
       is_unwanted: The client aborted it.
     """
 
     stream: AnswerStream
-    prompt_tokens: int = 0
+    ticket: Ticket | None = None
     handles: tuple[RequestHandle, ...] = ()
     is_unwanted: bool = False
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of its prompt; 0 before that is known."""
+        return 0 if self.ticket is None else self.ticket.prompt_tokens
+
     def abort(self) -> None:
         """Ends it with reason `abort`; nothing happens to what has ended."""
+        if self.ticket is not None:
+            self.ticket.withdraw()
         for handle in self.handles:
             handle.abort()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """A request that has ended, for log and metrics.
+
+    Attributes:
+      call: What was asked.
+      outcome: `stop`, `length`, `abort`; or the status of the error that ended it, in lower case.
+      prompt_tokens, answer_tokens: Its tokens, those of all answers together.
+      gate_s: How long it waited for its turn [s].
+      total_s: From its arrival to its end [s].
+      timings: The engine's, of the first answer; None: it never ended there.
+      error: What the client was told; None if nothing went wrong.
+    """
+
+    call: Call
+    outcome: str
+    prompt_tokens: int
+    answer_tokens: int
+    gate_s: float
+    total_s: float
+    timings: Timings | None
+    error: str | None
 
 
 @dataclass(kw_only=True)
@@ -78,21 +117,24 @@ class Service:
     Attributes:
       built: The engine, its model and its tokenizer.
       model_name: What clients call the model.
-      max_requests: Requests open at once.
+      limits: What clients may have open.
+      observers: Told of every request that has ended.
       is_draining: Whether new requests are refused.
       started, last_call: When the service was made, and the last request came [s, Unix time].
     """
 
     built: BuiltEngine
     model_name: str
-    max_requests: int
+    limits: Limits = field(default_factory=Limits)
+    observers: tuple[Callable[[Report], None], ...] = ()
     is_draining: bool = False
     started: float = field(default_factory=time.time)
     last_call: float = 0.0
 
     def __post_init__(self) -> None:
+        self.gate = Gate(limits=self.limits)
         self._bridge = Bridge(asyncio.get_running_loop())
-        self._open: dict[str, Answers] = {}
+        self._open: dict[tuple[str, str], Answers] = {}
         self._numbers = itertools.count()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -113,20 +155,27 @@ class Service:
 
         Raises:
           RequestError: The engine cannot serve it, or its name is in use.
-          BusyError: Too many requests are open.
+          BusyError: A limit is reached.
           DrainingError, EngineClosedError: New requests are not taken.
         """
-        answers = self._enter(call)
-        try:
-            await self._submit(call, answers)
+        async with AsyncExitStack() as stack:
+            answers = Answers(stream=AnswerStream(call.params.n))
+            reported = stack.enter_context(self._reported(call, answers))
+            stack.enter_context(self._named(call, answers))
+            stack.enter_context(self.gate.place(call.client))
+            token_ids = await self._encode(call.prompt)
+            answers.ticket = Ticket(client=call.client, prompt_tokens=len(token_ids))
+            asked = time.monotonic()
+            try:
+                await stack.enter_async_context(self.gate.turn(answers.ticket, call.priority))
+                reported.gate_s = time.monotonic() - asked
+                stack.callback(self._leave, answers)
+                self._submit(call, token_ids, answers)
+            except WithdrawnError:
+                self._end_unstarted(call, answers)
             yield answers
-        finally:
-            answers.abort()
-            del self._open[call.name]
-            if not self._open:
-                self._idle.set()
 
-    async def progress(self, answers: Answers) -> AsyncIterator[Progress]:
+    async def progress(self, answers: Answers) -> AsyncGenerator[Progress, None]:
         """What comes of a request, until every answer has ended.
 
         Raises:
@@ -142,9 +191,9 @@ class Service:
                 raise DrainingError("the server ended before this request did; send it to another")
             yield piece
 
-    def abort(self, name: str) -> None:
-        """Ends a request with reason `abort`; nothing happens if there is none of that name."""
-        answers = self._open.get(name)
+    def abort(self, name: str, client: str) -> None:
+        """Ends a client's request with reason `abort`; nothing happens if it has no such one."""
+        answers = self._open.get((client, name))
         if answers is not None:
             answers.is_unwanted = True
             answers.abort()
@@ -159,26 +208,50 @@ class Service:
             return False
         return True
 
-    def _enter(self, call: Call) -> Answers:
+    @contextmanager
+    def _named(self, call: Call, answers: Answers) -> Iterator[None]:
         if self.is_draining:
             raise DrainingError("the server is about to end; send the request to another")
-        if call.name in self._open:
+        key = (call.client, call.name)
+        if key in self._open:
             raise RequestError(
                 f"request id {call.name!r} belongs to a request that has not ended; choose another"
             )
-        if len(self._open) >= self.max_requests:
-            raise BusyError(
-                f"{len(self._open)} requests are open, and max_requests is {self.max_requests}; "
-                f"try again in {_RETRY_AFTER_S} s",
-                retry_after_s=_RETRY_AFTER_S,
-            )
         self.last_call = time.time()
         self._idle.clear()
-        answers = self._open[call.name] = Answers(stream=AnswerStream(call.params.n))
-        return answers
+        self._open[key] = answers
+        try:
+            yield
+        finally:
+            del self._open[key]
+            if not self._open:
+                self._idle.set()
 
-    async def _submit(self, call: Call, answers: Answers) -> None:
-        token_ids = await self._encode(call.prompt)
+    @contextmanager
+    def _reported(self, call: Call, answers: Answers) -> Iterator[_Times]:
+        times = _Times(arrival=time.monotonic())
+        error: BaseException | None = None
+        try:
+            yield times
+        except BaseException as caught:
+            error = caught
+            raise
+        finally:
+            report = _report(call, answers, times, error)
+            for observe in self.observers:
+                observe(report)
+
+    async def _encode(self, prompt: Prompt) -> tuple[int, ...]:
+        token_ids = await encode(prompt, self.built.tokenizer)
+        limit = self.limits.max_prompt_tokens
+        if limit is not None and len(token_ids) > limit:
+            raise RequestError(
+                f"the prompt has {len(token_ids)} tokens, and max_prompt_tokens is {limit}; "
+                "shorten it"
+            )
+        return token_ids
+
+    def _submit(self, call: Call, token_ids: tuple[int, ...], answers: Answers) -> None:
         engine = self.built.engine
         request = GenerationRequest(
             # No two are alike, though a client may choose names like the engine's for samples.
@@ -189,7 +262,6 @@ class Service:
             deadline=None if call.time_left_s is None else engine.now() + call.time_left_s,
         )
         send = partial(self._bridge.send, answers.stream)
-        answers.prompt_tokens = len(token_ids)
         if call.params.n > 1:
             answers.handles = engine.submit_samples(request, on_event=send)
         else:
@@ -197,7 +269,42 @@ class Service:
         if answers.is_unwanted:  # aborted while its text was encoded
             answers.abort()
 
-    async def _encode(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
-        if isinstance(prompt, str):  # seconds for a long text: not in the loop's thread
-            return await asyncio.to_thread(encode_prompt, prompt, self.built.tokenizer)
-        return tuple(prompt)
+    def _end_unstarted(self, call: Call, answers: Answers) -> None:
+        now = self.built.engine.now()
+        timings = Timings(arrival=now, first_scheduled=None, first_token=None, end=now)
+        for sample in range(call.params.n):
+            answers.stream.put(sample, FinishedEvent(reason="abort", timings=timings))
+
+    def _leave(self, answers: Answers) -> None:
+        answers.abort()
+        if answers.ticket is not None:
+            answers.ticket.answer_tokens = answers.stream.tokens
+
+
+@dataclass(kw_only=True, slots=True)
+class _Times:
+    arrival: float
+    gate_s: float = 0.0
+
+
+def _report(call: Call, answers: Answers, times: _Times, error: BaseException | None) -> Report:
+    first = answers.stream.ends.get(0)
+    outcome: str = first.reason if first else "abort"
+    message = None
+    if isinstance(error, LoongJaxError):
+        status = status_of(error)
+        outcome, message = status.grpc.name.lower(), status.message
+    elif error is not None:
+        outcome = "cancelled"
+        if isinstance(error, Exception):
+            outcome, message = "internal", f"{type(error).__name__}: {error}"
+    return Report(
+        call=call,
+        outcome=outcome,
+        prompt_tokens=answers.prompt_tokens,
+        answer_tokens=answers.stream.tokens,
+        gate_s=times.gate_s,
+        total_s=time.monotonic() - times.arrival,
+        timings=first.timings if first else None,
+        error=message,
+    )

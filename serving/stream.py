@@ -22,42 +22,65 @@ class Progress:
     Attributes:
       sample: Which of the request's answers, from 0.
       token_ids: New tokens; the one that ended the answer is among them.
+      stopped: The last of them ended the answer, and is no part of its text.
       end: How it ended; None: it goes on.
     """
 
     sample: int
     token_ids: tuple[int, ...]
+    stopped: bool
     end: FinishedEvent | None
+
+    @property
+    def text_ids(self) -> tuple[int, ...]:
+        """The tokens that belong to the text."""
+        return self.token_ids[:-1] if self.stopped else self.token_ids
 
 
 class AnswerStream:
-    """The answers of one request; belongs to the loop of its bridge, and has one reader."""
+    """The answers of one request; belongs to the loop of its bridge, and has one reader.
+
+    Attributes:
+      tokens: How many came so far, of all answers.
+      ends: How answers ended, by sample, as far as they have.
+    """
 
     def __init__(self, samples: int) -> None:
-        self._open = samples
+        self.tokens = 0
+        self.ends: dict[int, FinishedEvent] = {}
+        self._samples = samples
         self._tokens: dict[int, list[int]] = {}
-        self._ends: dict[int, FinishedEvent] = {}
+        self._stopped: set[int] = set()
+        self._told = 0
         self._news = asyncio.Event()
 
     def put(self, sample: int, event: Event) -> None:
         """Takes an event in."""
         tokens = self._tokens.setdefault(sample, [])
         if isinstance(event, FinishedEvent):
-            self._ends[sample] = event
+            self.ends[sample] = event
         else:
             tokens += event.token_ids
+            self.tokens += len(event.token_ids)
+            if event.stopped:
+                self._stopped.add(sample)
         self._news.set()
 
     async def __aiter__(self) -> AsyncIterator[Progress]:
         """What comes, until every answer has ended."""
-        while self._open:
+        while self._told < self._samples:
             await self._news.wait()
             self._news.clear()
             tokens, self._tokens = self._tokens, {}
-            ends, self._ends = self._ends, {}
-            self._open -= len(ends)
             for sample, ids in tokens.items():
-                yield Progress(sample=sample, token_ids=tuple(ids), end=ends.get(sample))
+                end = self.ends.get(sample)  # nothing comes after an end
+                self._told += end is not None
+                yield Progress(
+                    sample=sample,
+                    token_ids=tuple(ids),
+                    stopped=sample in self._stopped,
+                    end=end,
+                )
 
 
 class Bridge:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Read when the jax backend starts, so they are set before anything imports jax.
@@ -9,6 +10,7 @@ os.environ["NPROC"] = "64"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import jax
 import jaxtyping
 import pytest
 from hypothesis import HealthCheck, settings
@@ -33,3 +35,16 @@ def without_shape_checks():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten_programs():
+    """Compiled code takes memory mappings, of which a process has a bounded number: what the
+    modules before left in jax's caches is not to use up what the next one needs.
+    """
+    from loongjax.programs import mappings
+
+    yield
+    if mappings.count_mappings() > 10_000:
+        jax.clear_caches()
+        gc.collect()

@@ -19,7 +19,7 @@ from loongjax.executor.protocol import Executor
 from loongjax.kvcache import BlockAllocator
 from loongjax.models.config import ModelConfig
 from loongjax.models.resolve import ResolvedModel, resolve
-from loongjax.plan import StepResult, Topology
+from loongjax.plan import Topology
 from loongjax.scheduler.learning import Learning
 from loongjax.scheduler.policies import create_policy, needs_cost
 from loongjax.scheduler.policy import Policy
@@ -56,6 +56,7 @@ class BuiltEngine:
     engine: Engine
     model: ModelConfig
     tokenizer: Tokenizer | None
+    config: EngineConfig
 
 
 def build_engine(model: str, config: EngineConfig, policy: Policy | None = None) -> BuiltEngine:
@@ -93,13 +94,18 @@ def build_engine(model: str, config: EngineConfig, policy: Policy | None = None)
             max_model_len=config.max_model_len
             or min(resolved.config.max_positions, group_slots + 1),
             host_time=executor.host_time,
+            kept_steps=config.kept_steps,
             eos_ids={*resolved.config.eos_ids, *(tokenizer.eos_ids if tokenizer else ())},
-            on_result=policy.observe if isinstance(policy, Learning) else _ignore,
         )
     except BaseException:
         executor.close()
         raise
-    return BuiltEngine(engine=engine, model=resolved.config, tokenizer=tokenizer)
+    return BuiltEngine(
+        engine=engine,
+        model=resolved.config,
+        tokenizer=tokenizer,
+        config=config,
+    )
 
 
 def plan_engine(model: str, config: EngineConfig) -> tuple[ModelConfig, ExecutorPlan]:
@@ -133,10 +139,6 @@ def make_policy(config: EngineConfig) -> Policy:
             "use first_come, which needs none"
         )
     return create_policy(config.policy, None)
-
-
-def _ignore(result: StepResult) -> None:
-    """Nobody learns from it."""
 
 
 def _create_executor(model: str, resolved: ResolvedModel, config: EngineConfig) -> DeviceExecutor:

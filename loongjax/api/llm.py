@@ -88,7 +88,8 @@ class LLM:
           model: `demo`, a folder, a `.gguf` file, or an id on the Hugging Face hub.
           instances: Elastic instances; each holds all weights and a share of the KV pool.
           tensor_parallel: Devices per instance.
-          degrees: How many instances may work together; None: any number with a group.
+          degrees: How many instances may work together; None: any number with a group (on
+            emulated devices: powers of two, and `instances`).
           block_size: KV tokens per block.
           pool_slots: KV tokens per instance; None: what memory allows.
           max_model_len: Tokens of prompt and answer together; None: as many as the model and

@@ -26,7 +26,8 @@ _CHECK_AGREE = 0.75
 _WARM_UP_TOKENS = 9
 """Of each answer in the warm-up of a decode cell. Longer ones need no other programs."""
 _SLOW_JOB_S = 20.0
-"""A job that would take longer is not run after the warm-up, whose timing stands for it."""
+"""A job that would take longer is not run after the warm-up, whose timing stands for it. Of a
+prompt that is shorter than the longest, its share of that time counts."""
 _ENDLESS_JOB_S = 60.0
 """A prompt that would take longer is not run at all. It counts as fast per token as the shorter
 one before it, which flatters the engine. Both limits bound the run on machines where a peer has
@@ -51,21 +52,26 @@ class Cell:
     prompt: int
     tokens: int
 
+    @property
+    def is_prefill(self) -> bool:
+        """Whether the time to the first token is what counts."""
+        return self.tokens == 1
+
     def rate(self, timing: Timing) -> float:
         """Tokens per second."""
-        if self.tokens == 1:
+        if self.is_prefill:
             return self.batch * self.prompt / timing.first_s
         return timing.window_tokens / timing.window_s
 
     def cpu_s(self, timing: Timing) -> float:
         """CPU time per token [s]."""
-        if self.tokens == 1:
+        if self.is_prefill:
             return timing.first_cpu_s / (self.batch * self.prompt)
         return timing.window_cpu_s / timing.window_tokens
 
     def expected_s(self, timing: Timing) -> float:
         """Duration of the whole job, from that of one with shorter answers [s]."""
-        if self.tokens == 1:
+        if self.is_prefill:
             return timing.first_s
         return timing.first_s + self.batch * (self.tokens - 1) / self.rate(timing)
 
@@ -134,16 +140,19 @@ def measure_in_turn(
     prompts = _Prompts(vocab_size)
     timings: dict[tuple[str, str], list[Timing]] = {}
     jobs = {cell.what: prompts.draw(cell) for cell in cells}
+    limits = _slow_limits(cells)
     for worker in workers:
-        for cell, timing in _warm_up(worker, cells, jobs).items():
+        worker.ready()  # all of them: those that load would slow those that warm up
+    for worker in workers:
+        for cell, timing in _warm_up(worker, limits, jobs).items():
             timings[worker.name, cell.what] = [timing]
     for cell in cells:
         _check_same_model({w.name: timings[w.name, cell.what][0].first_tokens for w in workers})
     slow = {
         (worker.name, cell.what)
         for worker in workers
-        for cell in cells
-        if cell.expected_s(timings[worker.name, cell.what][0]) > _SLOW_JOB_S
+        for cell, limit_s in limits.items()
+        if cell.expected_s(timings[worker.name, cell.what][0]) > limit_s
     }
     for key in timings.keys() - slow:
         timings[key].clear()
@@ -159,26 +168,38 @@ def measure_in_turn(
     return timings
 
 
+def _slow_limits(cells: Sequence[Cell]) -> dict[Cell, float]:
+    """The time from which a job of each cell is slow [s]."""
+    longest_prompt = max((cell.prompt for cell in cells if cell.is_prefill), default=1)
+    return {
+        cell: _SLOW_JOB_S * (cell.prompt / longest_prompt if cell.is_prefill else 1.0)
+        for cell in cells
+    }
+
+
 def _warm_up(
-    worker: Contestant, cells: Sequence[Cell], jobs: Mapping[str, list[list[int]]]
+    worker: Contestant, limits: Mapping[Cell, float], jobs: Mapping[str, list[list[int]]]
 ) -> dict[Cell, Timing]:
-    """Runs every job once, with short answers; an endless one gets a bound instead."""
-    worker.ready()
+    """Runs every job once, with short answers; an endless one gets a bound instead.
+
+    A job that was slow runs again, which tells slow from cold. Where a prompt was slow twice,
+    longer ones are known to be.
+    """
     found: dict[Cell, Timing] = {}
-    longest_prompt = max((cell.prompt for cell in cells if cell.tokens == 1), default=1)
-    for cell in cells:
-        # A prompt's time is held against longer ones, too.
-        share = cell.prompt / longest_prompt if cell.tokens == 1 else 1.0
-        bound = _bound(cell, found) if cell.tokens == 1 else None
+    slow_prompts = False
+    for cell, limit_s in limits.items():
+        bound = _bound(cell, found) if cell.is_prefill else None
         if bound is not None and bound.first_s > _ENDLESS_JOB_S:
             found[cell] = bound
             _tell("not run, at most", worker, cell, bound)
+            continue
+        for _ in range(1 if cell.is_prefill and slow_prompts else 2):
+            found[cell] = worker.measure(jobs[cell.what], min(cell.tokens, _WARM_UP_TOKENS))
+            _tell("warm-up", worker, cell, found[cell])
+            if cell.expected_s(found[cell]) <= limit_s:
+                break
         else:
-            for _ in range(2):  # the first run may compile; a second one tells slow from cold
-                found[cell] = worker.measure(jobs[cell.what], min(cell.tokens, _WARM_UP_TOKENS))
-                _tell("warm-up", worker, cell, found[cell])
-                if cell.expected_s(found[cell]) <= _SLOW_JOB_S * share:
-                    break
+            slow_prompts |= cell.is_prefill
     worker.warmed()
     return found
 
@@ -188,7 +209,7 @@ def _bound(cell: Cell, found: Mapping[Cell, Timing]) -> Timing | None:
     cheaper. None where there is none.
     """
     for shorter, timing in reversed(list(found.items())):
-        if shorter.tokens == 1 and shorter.prompt < cell.prompt:
+        if shorter.is_prefill and shorter.prompt < cell.prompt:
             longer = cell.prompt / shorter.prompt
             return Timing(
                 first_s=timing.first_s * longer,

@@ -28,7 +28,7 @@ from loongjax.bench.checkpoint import export_random
 from loongjax.bench.effort import Effort
 from loongjax.bench.floor import floor_rate, measure_machine
 from loongjax.bench.host import engine_without_device, measure_host_time
-from loongjax.bench.peers import PEERS, require_peers
+from loongjax.bench.peers import PEERS, peers_to_measure, require_peers
 from loongjax.bench.process import Worker, own_python
 from loongjax.models.random_weights import random_config
 from loongjax.sampling.params import SamplingParams
@@ -131,7 +131,7 @@ def measure_degrees(effort: Effort) -> dict[str, dict[str, float]]:
                 for degree in degrees
             ]
             timings = measure_in_turn(
-                workers, [cell], vocab_size=_vocab_size(), repeats=effort.repeats
+                workers, [cell], vocab_size=_vocab_size(), repeats=effort.cpu_repeats
             )
         cpu_s = median_cpu_s(timings, cell)
         overhead[name] = {
@@ -152,7 +152,7 @@ def _cells_of_dtype(
     }
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(_our_worker(OURS, dtype, cells))]
-        for peer in PEERS:
+        for peer in peers_to_measure(folder, dtype):
             worker = Worker(
                 peer.name, python=peer.python(folder), subject=peer.subject, settings=settings
             )
@@ -180,12 +180,13 @@ def describe_cell(
 ) -> dict[str, Any]:
     """One object of the report's `cells`; `rates` are tokens/s by worker, ours among them."""
     peers = {name: rate for name, rate in rates.items() if name != OURS}
+    best = max(peers[peer.name] for peer in PEERS if peer.required)
     return {
         "what": cell.what,
         "dtype": dtype,
         "ours": rates[OURS],
         "peers": peers,
-        "ratio_to_best": rates[OURS] / max(peers.values()),
+        "ratio_to_best": rates[OURS] / best,
         "floor_ratio": rates[OURS] / floor_tokens_per_s,
     }
 

@@ -50,7 +50,7 @@ def floor_rate(cell: Cell, model: ModelConfig, itemsize: int, machine: Machine) 
     head = model.vocab_size * model.width
     layers = model.layers * _layer_weights(model)
     read_s = (layers + head) * itemsize / machine.bytes_per_s
-    if cell.tokens == 1:
+    if cell.is_prefill:
         linear = 2 * (layers * cell.prompt + head)
         flops = linear + _attention_flops(model, cell.prompt * cell.prompt / 2)
         return cell.prompt / max(read_s, flops / machine.flops_per_s)

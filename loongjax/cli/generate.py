@@ -18,7 +18,7 @@ from loongjax.sampling.params import SamplingParams
 _EPILOG = """\
 examples:
   loongjax generate --model demo --chat --prompt "Why is the sky blue?" --max-tokens 60
-  loongjax generate --model demo --instances 4 --degrees 1,2,4 --prompt-file book.txt --json
+  loongjax generate --model demo --instances 4 --prompt-file book.txt --json
   loongjax generate --model random:bench58m --token-ids-file ids.json --ignore-eos --json
 """
 

@@ -7,6 +7,7 @@ takes longer than O(instances), so that 256 of them are no trouble. Pure Python,
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -126,25 +127,48 @@ class Neighbours(_Base):
         allowed: frozenset[InstanceId] | None = None,
         degree: int = 1,
     ) -> Group | None:
-        """See `Topology`. Among equals, the run with the lowest start on the ring.
-
-        A run covers `instances` if the arc beside it, of the other instances, holds none.
-        """
+        """See `Topology`. Among equals, the run with the lowest start on the ring."""
         usable = self._open(instances, allowed)
         if usable is None:
             return None
+        if not instances:
+            return self._anywhere(_bits(usable), degree)
+        ring, ids, best = self.instances, sorted(instances), None
+        for before, first in zip([ids[-1], *ids], ids, strict=False):
+            found = self._beyond_gap(_bits(usable), before, first, degree)
+            if found is not None and (best is None or found < best):
+                best = found
+        return None if best is None else _run(best[1], best[0], ring)
+
+    def _anywhere(self, usable: int, degree: int) -> Group | None:
+        """The first run of at least `degree`: a larger one would have one of that size in it."""
+        size = next((size for size in self.degrees if size >= degree), None)
+        if size is None:
+            return None
+        starts = _arc_starts(usable, size, self.instances)
+        return _run((starts & -starts).bit_length() - 1, size, self.instances) if starts else None
+
+    def _beyond_gap(
+        self, usable: int, before: InstanceId, first: InstanceId, degree: int
+    ) -> tuple[int, int] | None:
+        """Size and start of the smallest run from `first` round the ring to `before`, and of at
+        least `degree`: what it lacks comes from the gap between them, from both ends.
+        """
         ring = self.instances
-        usable_bits, other_bits = _bits(usable), _bits(_everything(ring)) & ~_bits(instances)
-        for size in self.degrees:
-            if size < max(degree, len(instances)):
-                continue
-            beside = _arc_starts(other_bits, ring - size, ring)
-            starts = _arc_starts(usable_bits, size, ring) & _rotate(beside, size, ring)
-            if starts:
-                return _run((starts & -starts).bit_length() - 1, size, ring)
-            if len(instances) < 2:  # a larger run would have one of this size in it
-                return None
-        return None
+        least = (before - first) % ring + 1
+        gap = ring - least
+        right, arc = _rotate(usable, before + 1, ring), _rotate(usable, first, ring)
+        if arc & ((1 << least) - 1) != (1 << least) - 1:
+            return None
+        after = min(gap, ((right + 1) & ~right).bit_length() - 1)
+        ahead = min(gap, ring - (~arc & ((1 << ring) - 1)).bit_length())
+        place = bisect_left(self.degrees, max(least, degree))
+        if place == len(self.degrees) or self.degrees[place] > least + min(gap, after + ahead):
+            return None
+        size = self.degrees[place]
+        most = min(ahead, size - least)
+        fewest = max(0, size - least - after)
+        return size, 0 if fewest <= first <= most else (first - most) % ring
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -225,7 +249,8 @@ def default_topology(
     Args:
       platform: `cpu`, `gpu` or `tpu`.
       instances: How many elastic instances there are.
-      degrees: Degrees to allow. None: all that have groups.
+      degrees: Degrees to allow. None: all that have groups, but on emulated devices (`cpu`) the
+        powers of two and `instances`: there each degree costs minutes of compiling.
 
     Raises:
       ConfigError: An unknown platform, or a degree that has no groups there.
@@ -238,6 +263,8 @@ def default_topology(
             f"no topology is known for platform {platform!r}; it must be one of "
             f"{', '.join(_PLATFORMS)}"
         )
+    if degrees is None and platform == "cpu":
+        degrees = (*(2**n for n in range(instances.bit_length())), instances)
     return kind(instances, degrees)
 
 

@@ -44,7 +44,7 @@ def step_seconds(step: Step, held: Holdings, cost: CostModel) -> float:
 def decode_work(step: DecodeStep, held: Holdings) -> DecodeWork:
     """A decode step's work, for the rank that has most of each kind."""
     degree = len(step.group)
-    rows = Counter(row.master for row in step.rows)
+    rows = Counter([row.master for row in step.rows])
     most_rows = max(rows.values())
     load = dict.fromkeys(step.group, 0)
     longest = 0

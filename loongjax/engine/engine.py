@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import atexit
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from types import TracebackType
 
 from loongjax.engine.admission import Admission
-from loongjax.engine.front import Front
+from loongjax.engine.front import ChangePolicy, Drain, Front
 from loongjax.engine.handle import OnEvent, OnSampleEvent, RequestHandle
-from loongjax.engine.history import History
+from loongjax.engine.history import MAX_RECORDS, History
 from loongjax.engine.loop import Loop
 from loongjax.engine.messages import (
     EngineStats,
@@ -28,11 +28,11 @@ from loongjax.engine.messages import (
     StepRecord,
 )
 from loongjax.engine.state import State
-from loongjax.errors import StepError
+from loongjax.errors import ConfigError, StepError
 from loongjax.executor.host_time import HostTime
 from loongjax.executor.protocol import Executor
 from loongjax.kvcache import BlockAllocator
-from loongjax.plan import RequestId, StepResult, Topology
+from loongjax.plan import InstanceId, RequestId, Step, Topology
 from loongjax.scheduler.policy import Policy
 
 
@@ -57,7 +57,7 @@ class Engine:
         max_model_len: int,
         eos_ids: Iterable[int] = (),
         host_time: HostTime | None = None,
-        on_result: Callable[[StepResult], object] = lambda result: None,
+        kept_steps: int = MAX_RECORDS,
     ) -> None:
         """Starts the loop. From here on the executor belongs to the engine, which closes it.
 
@@ -69,8 +69,8 @@ class Engine:
           vocab_size: Token ids are in [0, vocab_size).
           max_model_len: Tokens of prompt and answer together.
           eos_ids: Tokens that end an answer, unless a request ignores them.
+          kept_steps: Steps, and ended requests, that are kept for looking back.
           host_time: The executor's, if it has one: it knows more phases than the engine sees.
-          on_result: Hears of every step that ended, on the loop's thread.
         """
         limits = executor.limits
         self.limits = Admission(
@@ -86,7 +86,9 @@ class Engine:
         self.pool_slots = allocator.slots
         self._front = Front(admission=self.limits, now=executor.now, wake=executor.wake)
         self._state = State(allocator=allocator, topology=topology, limits=limits)
-        self._history = History()
+        self._history = History(max_records=kept_steps)
+        self._steering = threading.Lock()
+        self._drained: frozenset[InstanceId] = frozenset()
         self._loop = Loop(
             executor=executor,
             policy=policy,
@@ -95,7 +97,6 @@ class Engine:
             history=self._history,
             host_time=self.host_time,
             eos_ids=frozenset(eos_ids),
-            on_result=on_result,
         )
         self._thread = threading.Thread(target=self._loop.run, name="loongjax-engine", daemon=True)
         self._thread.start()
@@ -148,6 +149,52 @@ class Engine:
         """
         self._front.abort(request_id)
 
+    def drain(self, instance: InstanceId) -> None:
+        """Lets an instance run empty: no further block of its pool is taken.
+
+        Requests with KV there go on: they grow elsewhere, or are computed anew where the policy
+        finds no room for that. Nothing happens if it is draining.
+
+        Raises:
+          ConfigError: There is no such instance, or no other would be left.
+          EngineClosedError: The engine was closed, or died.
+        """
+        self._check_instance(instance)
+        with self._steering:
+            draining = self._drained | {instance}
+            if len(draining) == self._allocator.instances:
+                raise ConfigError(
+                    f"instance {instance} is the last of {self._allocator.instances} that takes "
+                    "KV; resume another one first"
+                )
+            self._front.steer(Drain(instance=instance, draining=True))
+            self._drained = draining
+
+    def resume(self, instance: InstanceId) -> None:
+        """Takes KV on a drained instance again; nothing happens if it does so already.
+
+        Raises:
+          ConfigError: There is no such instance.
+          EngineClosedError: The engine was closed, or died.
+        """
+        self._check_instance(instance)
+        with self._steering:
+            self._front.steer(Drain(instance=instance, draining=False))
+            self._drained = self._drained - {instance}
+
+    def set_policy(self, policy: Policy) -> None:
+        """Plans by another policy from the next plan on; what runs is not disturbed.
+
+        Raises:
+          EngineClosedError: The engine was closed, or died.
+        """
+        self._front.steer(ChangePolicy(policy=policy))
+
+    @property
+    def in_flight(self) -> tuple[Step, ...]:
+        """The steps that run or are queued, by launch."""
+        return tuple(self._state.flying.values())
+
     def stats(self) -> EngineStats:
         """The engine as it was a moment ago, and its counters."""
         return self._history.stats(
@@ -155,22 +202,29 @@ class Engine:
             self.executor.program_counts,
             self.host_time.times(),
             alive=self.alive,
+            draining=self._state.draining,
         )
 
     def steps(self) -> tuple[StepRecord, ...]:
-        """The latest steps, in the order in which they ended (up to 100,000 are kept)."""
+        """The latest steps, in the order in which they ended (`kept_steps` of them)."""
         return self._history.steps()
+
+    def steps_since(self, seen: int) -> tuple[tuple[StepRecord, ...], int]:
+        """Records of the steps that ended after the first `seen`, as far as they are kept, and
+        how many have ended: the `seen` of the next call.
+        """
+        return self._history.steps_since(seen)
 
     def steps_of(self, request_id: RequestId) -> tuple[StepRecord, ...]:
         """The latest steps that worked on a request, even after it ended."""
         return self._history.steps_of(request_id)
 
     def requests(self) -> tuple[RequestRecord, ...]:
-        """The requests that ended last (up to 100,000), and those that are open."""
+        """The requests that ended last (`kept_steps` of them), and those that are open."""
         return self._history.requests(self._state.published)
 
     def pool_samples(self) -> tuple[PoolSample, ...]:
-        """Every change of the KV pool's use, by time (up to 200,000 are kept)."""
+        """Every change of the KV pool's use, by time (two for each step that is kept)."""
         return self._history.pool()
 
     def check_integrity(self) -> None:
@@ -197,6 +251,12 @@ class Engine:
         error, self._loop.close_error = self._loop.close_error, None
         if error is not None:
             raise StepError(f"the executor could not be closed: {error}") from error
+
+    def _check_instance(self, instance: InstanceId) -> None:
+        if not 0 <= instance < self._allocator.instances:
+            raise ConfigError(
+                f"there is no instance {instance}; they are 0 to {self._allocator.instances - 1}"
+            )
 
     def __enter__(self) -> Engine:
         return self

@@ -17,7 +17,8 @@ from loongjax.engine.admission import Admission
 from loongjax.engine.handle import OnEvent, OnSampleEvent, RequestHandle
 from loongjax.engine.messages import GenerationRequest
 from loongjax.errors import EngineClosedError, RequestError
-from loongjax.plan import RequestId
+from loongjax.plan import InstanceId, RequestId
+from loongjax.scheduler.policy import Policy
 
 
 def sample_id(request: RequestId, sample: int) -> RequestId:
@@ -55,7 +56,22 @@ class Samples:
     submissions: tuple[Submission, ...]
 
 
-Input: TypeAlias = Submission | Samples | Abort
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drain:
+    """A wish that an instance runs empty, or takes KV again."""
+
+    instance: InstanceId
+    draining: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChangePolicy:
+    """A wish to plan by another policy."""
+
+    policy: Policy
+
+
+Input: TypeAlias = Submission | Samples | Abort | Drain | ChangePolicy
 
 
 @runtime_checkable
@@ -164,6 +180,17 @@ class Front:
             handle = self._live.get(request)
         if handle is not None:
             self._abort(handle)
+
+    def steer(self, wish: Drain | ChangePolicy) -> None:
+        """Queues a wish that concerns no request.
+
+        Raises:
+          EngineClosedError: The engine was closed, or died.
+        """
+        with self._lock:
+            self._check_open()
+            self._inbox.append(wish)
+            self._wake()
 
     def request_close(self) -> None:
         """Lets the loop end after what it does now; further submissions are refused."""

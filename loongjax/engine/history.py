@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections import Counter, deque
 from collections.abc import Iterable
+from itertools import islice
 from typing import NamedTuple
 
 from loongjax.engine.messages import (
@@ -39,10 +40,10 @@ from loongjax.programs.counts import ProgramCounts
 
 MAX_RECORDS = 100_000
 """Of steps; as many ended requests are kept."""
-MAX_MENTIONS = 1_000_000
-"""Request names in all records together: about 32 bytes each."""
-MAX_SAMPLES = 200_000
-"""Of the pool: about 150 bytes each."""
+MENTIONS = 10
+"""Requests that are named in a record that is kept, on average at most: about 160 bytes each."""
+SAMPLES = 2
+"""Of the pool, for each record that is kept: about 150 bytes each."""
 
 
 _KINDS: dict[type[Step], StepKind] = {
@@ -70,12 +71,12 @@ class History:
         self,
         *,
         max_records: int = MAX_RECORDS,
-        max_mentions: int = MAX_MENTIONS,
-        max_samples: int = MAX_SAMPLES,
+        max_mentions: int | None = None,
+        max_samples: int | None = None,
     ) -> None:
         self._max_records = max_records
-        self._max_mentions = max_mentions
-        self._max_samples = max_samples
+        self._max_mentions = max_mentions or MENTIONS * max_records
+        self._max_samples = max_samples or SAMPLES * max_records
         self._lock = threading.Lock()
         self._ended_steps: deque[_Ended] = deque()
         self._by_request: dict[RequestId, deque[_Ended]] = {}
@@ -86,6 +87,7 @@ class History:
         self._used: dict[InstanceId, int] = {}
         self._steps: Counter[tuple[StepKind, int]] = Counter()
         self._finished: Counter[FinishReason] = Counter()
+        self._ended_count = 0
         self._prompt_tokens = 0
         self._generated_tokens = 0
         self._preemptions = 0
@@ -104,6 +106,7 @@ class History:
                 if isinstance(step, PrefillStep):
                     self._prompt_tokens += sum(chunk.length for chunk in step.chunks)
             self._ended_steps.append(ended)
+            self._ended_count += 1
             self._mentions += ended.mentions
             for name in names:
                 mentions = self._by_request.get(name)
@@ -151,6 +154,17 @@ class History:
             ended = tuple(self._ended_steps)
         return tuple([make_record(step, result) for step, result, _ in ended])
 
+    def steps_since(self, seen: int) -> tuple[tuple[StepRecord, ...], int]:
+        """Kept records of the steps that ended after the first `seen`, and how many ended so far.
+
+        O(new records).
+        """
+        with self._lock:
+            new = min(max(self._ended_count - seen, 0), len(self._ended_steps))
+            ended = tuple(islice(reversed(self._ended_steps), new))
+            count = self._ended_count
+        return tuple([make_record(step, result) for step, result, _ in reversed(ended)]), count
+
     def steps_of(self, request: RequestId) -> tuple[StepRecord, ...]:
         """The kept records of steps that worked on a request; empty if there are none."""
         with self._lock:
@@ -184,6 +198,7 @@ class History:
         host: tuple[PhaseTime, ...],
         *,
         alive: bool,
+        draining: frozenset[InstanceId] = frozenset(),
     ) -> EngineStats:
         """The counters, together with what `snapshot` and the executor show."""
         with self._lock:
@@ -195,8 +210,9 @@ class History:
                     InstanceStats(
                         id=view.id,
                         slots=view.slots,
-                        used=view.slots - view.free_slots,
+                        used=view.slots - view.free_slots - view.withheld,
                         busy=view.busy_seq is not None,
+                        draining=view.id in draining,
                     )
                     for view in snapshot.instances
                 ),

@@ -17,10 +17,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 
 from loongjax.engine.forks import Forks, make_stem
-from loongjax.engine.front import Abort, Door, Samples, Submission
+from loongjax.engine.front import Abort, ChangePolicy, Door, Drain, Samples, Submission
 from loongjax.engine.handle import RequestHandle
 from loongjax.engine.history import History
 from loongjax.engine.messages import (
@@ -36,6 +35,7 @@ from loongjax.executor.host_time import HostTime
 from loongjax.executor.protocol import Executor, RequestInput
 from loongjax.plan import Group, Plan, RequestId, Snapshot, Step, StepResult
 from loongjax.scheduler import validate
+from loongjax.scheduler.learning import Learning
 from loongjax.scheduler.policy import Policy
 
 _log = logging.getLogger(__name__)
@@ -63,10 +63,7 @@ class Loop:
         history: History,
         host_time: HostTime,
         eos_ids: frozenset[int],
-        on_result: Callable[[StepResult], object] = lambda result: None,
     ) -> None:
-        """`on_result` hears of every step that ended, before anything comes of it."""
-        self._on_result = on_result
         self._executor = executor
         self._policy = policy
         self._state = state
@@ -127,6 +124,10 @@ class Loop:
                 self._state.add(new[-1])
             elif isinstance(item, Samples):
                 new += self._add_samples(item)
+            elif isinstance(item, Drain):
+                self._state.drain(item.instance, item.draining)
+            elif isinstance(item, ChangePolicy):
+                self._policy = item.policy
         for request in new:
             self._admit(request.submission.request)
         for item in taken:
@@ -246,14 +247,16 @@ class Loop:
         """Ends the oldest request: an idle engine that plans nothing would hang for ever."""
         view = (snapshot.waiting or snapshot.running)[0]
         free = sum(instance.free_slots for instance in snapshot.instances)
+        draining = len(self._state.draining)
         self._end(
             self._state.open[view.id],
             "error",
             error=(
                 f"policy {type(self._policy).__name__} plans no step although nothing is in "
                 f"flight: {len(snapshot.waiting)} requests wait, {len(snapshot.running)} run, "
-                f"{free} slots are free. This one is the oldest; it needs up to {view.peak} KV "
-                "slots. Give the pool more slots, or use another policy"
+                f"{free} slots are free, {draining} instances are draining. This one is the "
+                f"oldest; it needs up to {view.peak} KV slots. Give the pool more slots, or use "
+                "another policy"
             ),
             time=self._executor.now(),
         )
@@ -262,7 +265,8 @@ class Loop:
 
     def _land(self, result: StepResult) -> bool:
         """Books a result; says whether the policy should know."""
-        self._on_result(result)
+        if isinstance(self._policy, Learning):
+            self._policy.observe(result)
         step, ended = self._state.land(result.seq)
         before = len(self._state.open)
         self._history.add_step(step, result)

@@ -156,12 +156,16 @@ class PoolSample(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InstanceStats:
-    """The pool of one instance: `used` of `slots` lie in blocks that a request holds."""
+    """The pool of one instance: `used` of `slots` lie in blocks that a request holds.
+
+    While it is `draining` no further block of it is taken.
+    """
 
     id: InstanceId
     slots: int
     used: int
     busy: bool
+    draining: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -40,6 +40,7 @@ class State:
       flying: Steps in flight, by seq. Those on different groups share no instance; of one
         group there may be several, each queued behind the one before.
       published: The newest snapshot.
+      draining: Instances of which no further block is taken; replaced, never changed.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class State:
         self._next_seq = 0
         self._ending: dict[RequestId, Request] = {}
         self._prefill_seq: dict[InstanceId, int] = {}
+        self.draining: frozenset[InstanceId] = frozenset()
         self._instances = tuple(
             InstanceView(id=i, slots=allocator.usable, free_slots=allocator.free_slots(i))
             for i in range(topology.instances)
@@ -90,17 +92,18 @@ class State:
 
     def launch(self, step: Step, time: float) -> SlotPlan:
         """Books a step that is about to be submitted; gives the slots it writes."""
-        slots = self._allocator.apply(step)
-        for name in step_requests(step):
+        slots, names = self._allocator.apply(step), step_requests(step)
+        moves = isinstance(step, MigrateStep)
+        self._views.stale.update(names)
+        self._in_flight.update(names)
+        for name in names:
             request = self.open[name]
-            if isinstance(step, MigrateStep):
+            if moves:
                 self._tell_relatives(name)
-            request.in_flight = step.seq
-            if not isinstance(step, MigrateStep):
+            else:
                 request.last_seq = step.seq
+            request.in_flight = step.seq
             request.changed()
-            self._views.stale.add(name)
-            self._in_flight.add(name)
             if request.first_scheduled is None:
                 request.first_scheduled = time
         if isinstance(step, PrefillStep):
@@ -140,13 +143,21 @@ class State:
 
     def continuation(self, step: DecodeStep) -> DecodeStep | None:
         """What may be launched behind `step`, the newest on its group (`continue_step`)."""
-        return continue_step(
-            step, seq=self._next_seq, goes_on=self._goes_on, fits=self._allocator.fits
-        )
+        return continue_step(step, seq=self._next_seq, goes_on=self._goes_on, fits=self._fits)
+
+    def _fits(self, step: DecodeStep) -> bool:
+        if self.draining and not self.draining.isdisjoint(row.home for row in step.rows):
+            return False
+        return self._allocator.fits(step)
 
     def _goes_on(self, name: RequestId) -> bool:
         request = self.open.get(name)
         return request is not None and self._allocator.computed(name) < request.peak
+
+    def drain(self, instance: InstanceId, draining: bool) -> None:
+        """Lets an instance run empty, or take KV again."""
+        self.draining = self.draining | {instance} if draining else self.draining - {instance}
+        self._version += 1
 
     def release_kv(self, request: Request) -> None:
         """Frees a request's slots."""
@@ -228,8 +239,11 @@ class State:
         return self.published
 
     def _instance(self, old: InstanceView, busy: int | None) -> InstanceView:
-        free = self._allocator.free_slots(old.id)
+        free, withheld = self._allocator.free_slots(old.id), 0
+        if old.id in self.draining:
+            free, withheld = 0, free
         prefill = self._prefill_seq.get(old.id)
-        if (free, busy, prefill) == (old.free_slots, old.busy_seq, old.prefill_seq):
+        now = (free, withheld, busy, prefill)
+        if now == (old.free_slots, old.withheld, old.busy_seq, old.prefill_seq):
             return old
-        return replace(old, free_slots=free, busy_seq=busy, prefill_seq=prefill)
+        return replace(old, free_slots=free, withheld=withheld, busy_seq=busy, prefill_seq=prefill)

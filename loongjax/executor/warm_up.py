@@ -1,10 +1,11 @@
 """Makes all programs before the first request, so that no step waits for a compilation.
 
-Every program of the catalogue is compiled or loaded, and bound to the groups of its degree;
-then every group runs one empty step, which puts its views of the weights together and, on
-GPU, has its communicators made. Where any subset of instances is a group there may be very
-many: beyond a bound they are bound when they are first needed, which takes milliseconds, and
-the log says so.
+Every program of the catalogue is compiled or loaded, and bound to a group; then to the other
+groups of its degree, one group after the other. Every group that has its programs runs one empty
+step, which puts its views of the weights together and, on GPU, has its communicators made. Where
+any subset of instances is a group there may be very many: past a bound, or where no more code can
+be mapped, they are bound when they are first needed, and the log says so. That takes milliseconds
+for a small model, and seconds for a deep one on CPU.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from loongjax.errors import StepError
 from loongjax.executor.jax_executor import JaxExecutor
 from loongjax.kvcache.messages import DecodeSlots
 from loongjax.plan import DecodeStep, Group
+from loongjax.programs import mappings
+from loongjax.programs.spec import ProgramSpec
 
 _log = logging.getLogger(__name__)
 _GROUPS_OF_A_DEGREE = 64
@@ -35,29 +38,58 @@ def warm_up(executor: JaxExecutor, on_progress: OnProgress | None = None) -> Non
     """
     started = time.monotonic()
     tell = on_progress or (lambda done, total, what: None)
-    catalogue = executor.catalogue
-    groups = {degree: _groups(executor, degree) for degree in catalogue.topology.degrees}
-    work = [
-        (spec, group)
-        for spec in catalogue.specs
-        for group in ([spec.placement] if spec.placement else groups[spec.degree])
-    ]
-    everyone = [group for some in groups.values() for group in some]
-    total = len(work) + len(everyone)
-    for done, (spec, group) in enumerate(work):
-        tell(done, total, spec.name)
-        executor.programs.get(spec, group)
-    for done, group in enumerate(everyone, len(work)):
+    firsts, others = _work(executor)
+    total = (
+        sum(map(len, firsts.values())) + sum(map(len, others.values())) + len(firsts) + len(others)
+    )
+    done = 0
+    ready: list[Group] = []
+    for group, specs in (*firsts.items(), *others.items()):
+        if group in others and not mappings.has_room():
+            break
+        for spec in specs:
+            tell(done, total, spec.name)
+            executor.programs.get(spec, group)
+            done += 1
+        ready.append(group)
+    unready = len(firsts) + len(others) - len(ready)
+    if unready:
+        _log.warning(
+            "warm-up: %d groups have no room for their programs (sysctl vm.max_map_count is %d); "
+            "they are bound when first needed",
+            *(unready, mappings.most_mappings()),
+        )
+    for group in ready:
         tell(done, total, "first steps")
         _run_empty_step(executor, group, seq=done)
+        done += 1
     tell(total, total, "")
     executor.programs.guard.armed = True
     counts = executor.program_counts
     _log.info(
         "warm-up: %d programs on %d groups in %.1f s (%d compiled, %d loaded, %d rebound)",
-        *(len(catalogue.specs), len(everyone), time.monotonic() - started),
+        *(len(executor.catalogue.specs), len(ready), time.monotonic() - started),
         *(counts.compiled, counts.loaded, counts.rebound),
     )
+
+
+def _work(
+    executor: JaxExecutor,
+) -> tuple[dict[Group, list[ProgramSpec]], dict[Group, list[ProgramSpec]]]:
+    """What is to be bound to which groups: all that has to be made, and what is only rebound."""
+    catalogue = executor.catalogue
+    firsts: dict[Group, list[ProgramSpec]] = {}
+    others: dict[Group, list[ProgramSpec]] = {}
+    for degree in catalogue.topology.degrees:
+        specs = [spec for spec in catalogue.specs if spec.degree == degree]
+        first, *rest = _groups(executor, degree)
+        if catalogue.placed:
+            for group in (first, *rest):
+                firsts[group] = [spec for spec in specs if spec.placement == group]
+        else:
+            firsts[first] = specs
+            others |= dict.fromkeys(rest, specs)
+    return firsts, others
 
 
 def _groups(executor: JaxExecutor, degree: int) -> list[Group]:

@@ -13,6 +13,8 @@ class ProgramCounts:
       compiled: Here, in this process.
       loaded: From disk.
       rebound: To another group, from one that was compiled or loaded.
+      unbound: From a group, for want of mappings (`loongjax.programs.mappings`); a step that
+        needs the program again waits for it to be rebound.
       compile_s, load_s, rebind_s: What each of these took in all [s]; tracing is part of
         compiling, reading and checking the file of loading.
       attention_backend: Which kernels they are made of (`pallas_kernels.backend_names`); None
@@ -25,6 +27,7 @@ class ProgramCounts:
     compiled: int = 0
     loaded: int = 0
     rebound: int = 0
+    unbound: int = 0
     compile_s: float = 0.0
     load_s: float = 0.0
     rebind_s: float = 0.0

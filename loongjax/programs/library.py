@@ -2,13 +2,15 @@
 
 A program is compiled once per spec. Where compiled code does not depend on the devices, it
 is then rebound to every group of its degree that asks for it; elsewhere each group has its
-own spec (`ProgramSpec.placement`).
+own spec (`ProgramSpec.placement`). Where the process can map no more code, the programs that
+were used longest ago are unbound; they stay in memory serialized, and are rebound when needed.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections import OrderedDict
 from dataclasses import replace
 
 import jax
@@ -16,6 +18,7 @@ from jax.sharding import Mesh
 
 from loongjax.cluster.mesh import GroupMeshes
 from loongjax.plan import Group
+from loongjax.programs import mappings
 from loongjax.programs.build import ProgramShapes, argument_shapes, lower
 from loongjax.programs.counts import ProgramCounts
 from loongjax.programs.guard import CompileGuard
@@ -49,7 +52,7 @@ class ProgramLibrary:
         self._meshes = meshes
         self._store = store
         self._serialized: dict[ProgramSpec, StoredProgram] = {}
-        self._bound: dict[tuple[ProgramSpec, Group], jax.stages.Compiled] = {}
+        self._bound: OrderedDict[tuple[ProgramSpec, Group], jax.stages.Compiled] = OrderedDict()
 
     @property
     def counts(self) -> ProgramCounts:
@@ -61,16 +64,29 @@ class ProgramLibrary:
 
         Raises StepError where the guard forbids to compile it.
         """
-        program = self._bound.get((spec, group))
+        key = (spec, group)
+        program = self._bound.get(key)
         if program is None:
-            program = self._make(spec, group)
-            self._bound[spec, group] = program
+            self._make_room()
+            program = self._bound[key] = self._make(spec, group)
+        else:
+            self._bound.move_to_end(key)
         return program
 
     def clear(self) -> None:
         """Drops all programs and what they hold on the devices."""
         self._bound.clear()
         self._serialized.clear()
+
+    def _make_room(self) -> None:
+        while self._bound and not mappings.has_room():
+            (spec, group), _ = self._bound.popitem(last=False)
+            self._count(unbound=1)
+            _log.warning(
+                "unbinding %s from group %s: this process has %d memory mappings of %d (sysctl "
+                "vm.max_map_count); raise that, or serve with fewer degrees or instances",
+                *(spec.name, group, mappings.count_mappings(), mappings.most_mappings()),
+            )
 
     def _make(self, spec: ProgramSpec, group: Group) -> jax.stages.Compiled:
         mesh = self._meshes[group]

@@ -42,8 +42,7 @@ _SEEDS = 8
 """Instances to try a group around where the best ones form none."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Candidate:
+class Candidate(NamedTuple):
     """An instance that prompts may run on.
 
     Attributes:
@@ -86,11 +85,13 @@ class Demand:
       prompts: The dispatched prompts.
       behind: The sum of 1 / input over those in line behind them [1/token].
       elsewhere: Blocks on instances that are no candidates that KV may be moved to.
+      most: Instances that they may have at most. None: all.
     """
 
     prompts: Sequence[Prompt]
     behind: float = 0.0
     elsewhere: int = 0
+    most: int | None = None
 
 
 def allocate(
@@ -107,7 +108,8 @@ def allocate(
     """
     judge = _Judge(demand, candidates, cost)
     rankings = _rankings(candidates)
-    degrees = _degrees(demand.prompts, len(candidates), topology, limits)
+    most = len(candidates) if demand.most is None else min(demand.most, len(candidates))
+    degrees = _degrees(demand.prompts, most, topology, limits)
     options = [
         option
         for rank, ranking in enumerate(rankings)
@@ -234,13 +236,13 @@ def _ids(candidates: Sequence[Candidate]) -> Group:
 
 
 def _degrees(
-    prompts: Sequence[Prompt], candidates: int, topology: Topology, limits: Limits
+    prompts: Sequence[Prompt], most: int, topology: Topology, limits: Limits
 ) -> tuple[int, ...]:
-    """Degrees at which one step, or one for each instance, can hold these prompts."""
+    """Degrees up to `most` at which one step, or one for each instance, can hold these prompts."""
     longest = max(prompt.tokens for prompt in prompts)
     all_tokens = sum(prompt.tokens for prompt in prompts)
     least = max(-(-max(longest, all_tokens) // limits.tokens), -(-len(prompts) // limits.chunks))
-    return few_degrees([d for d in topology.degrees if least <= d <= candidates])
+    return few_degrees([d for d in topology.degrees if least <= d <= most])
 
 
 def _rankings(candidates: Sequence[Candidate]) -> list[list[Candidate]]:

@@ -4,14 +4,14 @@ Owns the meaning of a plan: what may stand in it, given a snapshot. Owns no book
 are counted the way `BlockAllocator` gives them out, so that a valid plan is never refused
 there. One thing is not in a snapshot: how a request's tokens lie in its blocks, if those are
 larger than a token. So a move counts as many blocks as it may need at most, which is exact
-where KV without holes moves. Pure Python; O(rows + shares) a plan.
+where KV without holes moves. Pure Python; O(rows + shares) a plan, and a glance at every request.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import NoReturn
 
 from loongjax.errors import PlanError
@@ -41,7 +41,7 @@ def validate(snapshot: Snapshot, plan: Plan) -> None:
     Raises:
       PlanError: It names the step, what is wrong with it, and what would mend it.
     """
-    books = _Books(snapshot)
+    books = _Books(snapshot, plan)
     gone = _check_preempt(books, plan)
     _check_reject(books, plan)
     gone.update(rejection.request for rejection in plan.reject)
@@ -62,16 +62,22 @@ def validate(snapshot: Snapshot, plan: Plan) -> None:
 
 @dataclass(slots=True)
 class _Books:
-    """The snapshot by id."""
+    """The snapshot by id: of its requests, those that the plan names."""
 
     snapshot: Snapshot
+    plan: InitVar[Plan]
     waiting: Mapping[RequestId, RequestView] = field(init=False)
     running: Mapping[RequestId, RequestView] = field(init=False)
     instances: Mapping[InstanceId, InstanceView] = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.waiting = {view.id: view for view in self.snapshot.waiting}
-        self.running = {view.id: view for view in self.snapshot.running}
+    def __post_init__(self, plan: Plan) -> None:
+        named = {name for step in plan.steps for name in step_requests(step)}
+        named.update(plan.preempt, [rejection.request for rejection in plan.reject])
+        for step in plan.steps:
+            if isinstance(step, PrefillStep):
+                named.update([placement.request for placement in step.keep])
+        self.waiting = {view.id: view for view in self.snapshot.waiting if view.id in named}
+        self.running = {view.id: view for view in self.snapshot.running if view.id in named}
         self.instances = {view.id: view for view in self.snapshot.instances}
 
     def get(self, request: RequestId) -> RequestView | None:

@@ -30,6 +30,9 @@ _CHIPS = 2
 """Of an instance: those of the measured A800."""
 _TOKENS = 1_900
 """KV that a chat is granted, about."""
+_ANSWER = 500
+"""Tokens of an answer, at least: where most are shorter, so many end that many instances never have
+the wanted number decode."""
 _MORE = 1.1
 """So many more come than are to wait: some begin while others are timed."""
 _HELD = 0.8
@@ -80,7 +83,7 @@ def time_deciding(
         )
     deployment = _deployment(running, instances)
     drawn = draw_jobs("sharegpt", round(_MORE * waiting) + running, rate=1.0, seed=seed)
-    jobs = [replace(job, arrival=0.0) for job in drawn]
+    jobs = [replace(job, arrival=0.0, output=max(job.output, _ANSWER)) for job in drawn]
     timed = _Timed(
         inner=create_policy(policy, deployment.cost), waiting=waiting, running=running, plans=plans
     )

@@ -6,6 +6,12 @@ so that its output can be read and compared. That form is not read back.
 
 from __future__ import annotations
 
+import tokenizers
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel as ByteLevelSplit
+
+from loongjax.text.native_vocabulary import byte_of_character
 from loongjax.text.tokenizer import Tokenizer
 
 _BYTES = 256
@@ -28,6 +34,15 @@ class ByteVocabulary:
     def is_special(self, token: int) -> bool:
         """Never."""
         return False
+
+    def to_json(self, ids: int) -> str:
+        """Byte-pair encoding without a pair; ids above the bytes are spelled as `piece` does."""
+        vocabulary = byte_of_character() | {f"<{token}>": token for token in range(_BYTES, ids)}
+        model = BPE(vocab=vocabulary, merges=[])
+        native = tokenizers.Tokenizer(model)
+        native.pre_tokenizer = ByteLevelSplit(add_prefix_space=False, use_regex=False)
+        native.decoder = ByteLevelDecoder()
+        return native.to_str()
 
 
 def byte_tokenizer() -> Tokenizer:

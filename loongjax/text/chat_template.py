@@ -27,7 +27,12 @@ from loongjax.errors import ModelError, RequestError
 
 
 class ChatTemplate:
-    """One compiled template and the special tokens that it may name."""
+    """One compiled template and the special tokens that it may name.
+
+    Attributes:
+      source: Its text.
+      variables: The special tokens by name.
+    """
 
     def __init__(self, source: str, *, variables: Mapping[str, str], origin: str) -> None:
         """Compiles a template.
@@ -47,7 +52,8 @@ class ChatTemplate:
                 f"the chat template of {origin} does not compile: line {error.lineno}: "
                 f"{error.message}; mend it, or remove it to use the model without chats"
             ) from error
-        self._variables = dict(variables)
+        self.source = source
+        self.variables = dict(variables)
 
     def render(self, messages: Sequence[object], *, add_generation_prompt: bool) -> str:
         """Writes the chat.
@@ -56,7 +62,7 @@ class ChatTemplate:
           RequestError: A message lacks something, or the template refuses the chat.
         """
         context = {
-            **self._variables,
+            **self.variables,
             "messages": [_checked(index, message) for index, message in enumerate(messages)],
             "add_generation_prompt": add_generation_prompt,
             "tools": None,

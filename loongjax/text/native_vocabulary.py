@@ -72,6 +72,10 @@ class NativeVocabulary:
         """Whether the token was added as a special one."""
         return token in self._special
 
+    def to_json(self, ids: int) -> str:
+        """As the library writes it."""
+        return self._native.to_str()
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Spelling:

@@ -49,6 +49,10 @@ class Vocabulary(Protocol):
         """Whether a token is a mark for the model, no part of the text."""
         ...
 
+    def to_json(self, ids: int) -> str:
+        """It as the content of a `tokenizer.json`, for a model that produces so many ids."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Tokenizer:

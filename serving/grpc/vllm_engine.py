@@ -6,45 +6,52 @@ context themselves, rather than yield: so a cancellation always meets them at an
 
 from __future__ import annotations
 
-import logging
+import asyncio
+import hashlib
+import io
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import zipfile
 from datetime import UTC, datetime
-from typing import TypeAlias
-from uuid import uuid4
 
-import grpc
 from smg_grpc_proto import vllm_engine_pb2 as pb
 from smg_grpc_proto import vllm_engine_pb2_grpc as pb_grpc
 from smg_grpc_proto.generated import common_pb2
 
 from loongjax import __version__
+from loongjax.api.prompts import need_tokenizer
 from loongjax.engine import FinishedEvent
-from loongjax.errors import LoongJaxError, RequestError
+from loongjax.errors import RequestError
+from loongjax.text.export import tokenizer_files
 from serving.errors import UnsupportedError, status_of
+from serving.grpc.guarding import Context, client, refuse, request_name, request_priority
 from serving.grpc.vllm_request import to_call
-from serving.service import Answers, Call, Service
+from serving.profiling import Profiler
+from serving.service import Answers, Service
 
 SERVER_TYPE = "loongjax"
-Context: TypeAlias = grpc.aio.ServicerContext
-_log = logging.getLogger(__name__)
+_CHUNK_BYTES = 2**20
 
 
 class VllmEngineServicer(pb_grpc.VllmEngineServicer):
     """See the module, and the messages' own documentation in `vllm_engine.proto`."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, profiler: Profiler) -> None:
         self._service = service
+        self._profiler = profiler
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
-        async with told(context):
-            call = _call(request, context)
-            async with self._service.answer(call) as answers:
-                if request.stream:
-                    await self._stream(answers, context)
-                else:
-                    await self._complete(answers, context)
+        call = to_call(
+            request,
+            name=request_name(request.request_id, context),
+            client=client(),
+            priority=request_priority(context),
+            time_left_s=context.time_remaining(),
+        )
+        async with self._service.answer(call) as answers:
+            if request.stream:
+                await self._stream(answers, context)
+            else:
+                await self._complete(answers, context)
 
     async def _stream(self, answers: Answers, context: Context) -> None:
         said: dict[int, list[int]] = {}
@@ -72,7 +79,7 @@ class VllmEngineServicer(pb_grpc.VllmEngineServicer):
 
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
         for name in request.request_ids:
-            self._service.abort(name)
+            self._service.abort(name, client())
         return pb.AbortResponse()
 
     async def HealthCheck(
@@ -120,17 +127,18 @@ class VllmEngineServicer(pb_grpc.VllmEngineServicer):
         )
 
     async def GetLoads(self, request: pb.GetLoadsRequest, context: Context) -> pb.GetLoadsResponse:
-        stats = self._service.built.engine.stats()
+        service = self._service
+        stats = service.built.engine.stats()
         used = sum(instance.used for instance in stats.instances)
         slots = sum(instance.slots for instance in stats.instances)
         load = pb.SchedulerLoad(
             num_running_reqs=stats.running,
-            num_waiting_reqs=stats.waiting,
-            num_total_reqs=stats.running + stats.waiting,
+            num_waiting_reqs=stats.waiting + service.gate.waiting,
+            num_total_reqs=stats.running + stats.waiting + service.gate.waiting,
             num_used_tokens=used,
             max_total_num_tokens=slots,
             token_usage=used / slots,
-            max_running_requests=self._service.max_requests,
+            max_running_requests=service.limits.max_requests,
         )
         return pb.GetLoadsResponse(
             timestamp=datetime.now(UTC).isoformat(),
@@ -155,50 +163,47 @@ class VllmEngineServicer(pb_grpc.VllmEngineServicer):
         await _unsupported(context, "SubscribeKvEvents: no KV is kept between requests")
 
     async def GetTokenizer(self, request: common_pb2.GetTokenizerRequest, context: Context) -> None:
-        await _unsupported(context, "GetTokenizer: give the gateway the model's tokenizer itself")
+        archive = await asyncio.to_thread(self._tokenizer_archive)
+        for start in range(0, len(archive), _CHUNK_BYTES):
+            chunk = archive[start : start + _CHUNK_BYTES]
+            is_last = start + _CHUNK_BYTES >= len(archive)
+            await context.write(
+                common_pb2.GetTokenizerChunk(
+                    data=chunk, sha256=hashlib.sha256(archive).hexdigest() if is_last else ""
+                )
+            )
 
-    async def StartProfile(self, request: common_pb2.StartProfileRequest, context: Context) -> None:
-        await _unsupported(context, "StartProfile: this server does not record profiles")
+    def _tokenizer_archive(self) -> bytes:
+        built = self._service.built
+        tokenizer = need_tokenizer(built.tokenizer)
+        files = tokenizer_files(tokenizer, built.engine.limits.vocab_size)
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in files.items():
+                # Always the same date, so that the same tokenizer has the same digest.
+                archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
+        return buffer.getvalue()
 
-    async def StopProfile(self, request: common_pb2.StopProfileRequest, context: Context) -> None:
-        await _unsupported(context, "StopProfile: this server does not record profiles")
+    async def StartProfile(
+        self, request: common_pb2.StartProfileRequest, context: Context
+    ) -> common_pb2.ProfileResponse:
+        for field, value in request.ListFields():
+            raise RequestError(
+                f"{field.name} is not supported, and {value} was asked for; a profile begins at "
+                "once, goes on until StopProfile, and lies where the server was told to write it"
+            )
+        folder = await self._profiler.start()
+        return common_pb2.ProfileResponse(success=True, message=f"recording to {folder}")
 
-
-@asynccontextmanager
-async def told(context: Context) -> AsyncIterator[None]:
-    """Tells the client of an error inside: status, message, and when to try again."""
-    try:
-        yield
-    except LoongJaxError as error:
-        status = status_of(error)
-        trailer: tuple[tuple[str, str], ...] = ()
-        if status.retry_after_s is not None:
-            trailer = (("retry-after", str(status.retry_after_s)),)
-        if status.grpc is grpc.StatusCode.INTERNAL:
-            _log.error("a request failed: %s", error)
-        await context.abort(status.grpc, status.message, trailer)
+    async def StopProfile(
+        self, request: common_pb2.StopProfileRequest, context: Context
+    ) -> common_pb2.ProfileResponse:
+        folder = await self._profiler.stop()
+        return common_pb2.ProfileResponse(success=True, message=f"written to {folder}")
 
 
 async def _unsupported(context: Context, message: str) -> None:
-    status = status_of(UnsupportedError(message))
-    await context.abort(status.grpc, status.message)
-
-
-def _call(request: pb.GenerateRequest, context: Context) -> Call:
-    metadata = dict(context.invocation_metadata() or ())
-    priority = metadata.get("x-priority", "0")
-    try:
-        rank = int(priority)
-    except ValueError:
-        raise RequestError(
-            f"metadata x-priority must be a whole number, not {priority!r}"
-        ) from None
-    return to_call(
-        request,
-        name=metadata.get("x-request-id") or uuid4().hex,
-        priority=rank,
-        time_left_s=context.time_remaining(),
-    )
+    await refuse(context, status_of(UnsupportedError(message)))
 
 
 def _complete(

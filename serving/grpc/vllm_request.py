@@ -37,12 +37,11 @@ def to_call(
     request: pb.GenerateRequest,
     *,
     name: str,
+    client: str,
     priority: int = 0,
     time_left_s: float | None = None,
 ) -> Call:
-    """The call that a message describes.
-
-    `name` is used where the message has no `request_id`.
+    """The call that a message describes, in the name of a client.
 
     Raises:
       RequestError: A field has a value that cannot be served; the message names it.
@@ -50,7 +49,9 @@ def to_call(
     """
     _refuse_other_inputs(request)
     return Call(
-        name=request.request_id or name,
+        name=name,
+        client=client,
+        protocol="vllm",
         prompt=_prompt(request),
         params=to_sampling_params(request.sampling_params),
         priority=priority,

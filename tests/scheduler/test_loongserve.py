@@ -25,6 +25,7 @@ from loongjax.scheduler.policies.loongserve import LoongServe
 from tests.scheduler.analytic_cost import AnalyticCost
 
 SLOTS = 100_000
+PATIENCE = 1000.0
 
 
 def waiting(name: str, prompt: int, **fields: object) -> RequestView:
@@ -87,6 +88,10 @@ def groups(steps: tuple[Step, ...]) -> list[tuple[str, tuple[int, ...], tuple[st
     return [(kinds[type(step)], step.group, step_requests(step)) for step in steps]
 
 
+def degrees(found: Plan) -> list[int]:
+    return [len(step.group) for step in found.steps]
+
+
 # ---- prompts -------------------------------------------------------------------------
 
 
@@ -135,15 +140,36 @@ def test_idle_instances_are_kept_for_a_prompt_whose_others_are_busy_for_a_moment
 
 
 def test_nobody_overtakes_without_patience_to_lose() -> None:
-    """`a` has no memory; `b` would have, but came later."""
+    """`a` has no memory; `b` would have, but came later. Alone, `a` takes 37 ms."""
     full = decoding("d", (0, 90), (1, 60), max_tokens=51)
     views = (full, waiting("a", 80), waiting("b", 10, arrival=6.0))
     strict = plan(*views, instances=2, slots=100, now=9.0, headroom=0)
     assert [kind for kind, _, _ in groups(strict.steps)] == ["decode"]
-    loose = plan(*views, instances=2, slots=100, now=9.0, headroom=0, patience=60.0)
+    loose = plan(*views, instances=2, slots=100, now=9.0, headroom=0, patience=PATIENCE)
     assert ("b",) in [requests for _, _, requests in groups(loose.steps)]
-    late = plan(*views, instances=2, slots=100, now=99.0, headroom=0, patience=60.0)
+    late = plan(*views, instances=2, slots=100, now=99.0, headroom=0, patience=PATIENCE)
     assert late == strict
+
+
+def test_a_long_prompt_leaves_an_instance_to_those_who_come() -> None:
+    """As long as it is patient, and unless it needs all. Alone, `a` takes 2.5 s."""
+    polite = {"patience": PATIENCE, "block_s": 0.1}
+    long, longer = waiting("a", 90_000), waiting("a", 350_000)
+    assert degrees(plan(long)) == [4]
+    assert degrees(plan(long, **polite)) == [3]
+    assert degrees(plan(long, patience=PATIENCE, block_s=9.0)) == [4]
+    assert degrees(plan(long, now=1e6, **polite)) == [4]
+    assert degrees(plan(longer, **polite)) == [4]
+    assert degrees(plan(long, waiting("b", 10, arrival=6.0), now=6.0, **polite)) == [3, 1]
+
+
+def test_a_long_prompt_does_not_take_the_last_instance() -> None:
+    busy = dict.fromkeys(range(3), 8)
+    views = (waiting("a", 90_000), waiting("b", 10, arrival=6.0))
+    settings = {"busy": busy, "prefilled": busy, "now": 6.0, "block_s": 0.1}
+    found = plan(*views, patience=PATIENCE, **settings)
+    assert [requests for _, _, requests in groups(found.steps)] == [("b",)]
+    assert plan(views[0], patience=PATIENCE, **settings).steps == ()
 
 
 @pytest.mark.parametrize(("decode_s", "homes"), [(0.045, 1), (0.03, 2), (0.02, 3)])
@@ -211,6 +237,7 @@ def test_last_in_line_gives_way_to_the_first_without_room() -> None:
         ({"typical_answer": 0}, "typical_answer must be at least 1, not 0"),
         ({"patience": -0.5}, "patience must not be negative, got -0.5"),
         ({"patience": float("nan")}, "patience must not be negative, got nan"),
+        ({"block_s": -1.0}, "block_s must not be negative, got -1.0"),
         ({"decode_s": 0.0}, "decode_s must be positive, got 0.0"),
     ],
 )

@@ -6,8 +6,17 @@ import pytest
 from grpc import StatusCode
 
 from loongjax.errors import CapacityError, ConfigError, EngineClosedError, RequestError, StepError
-from serving.config import ServeConfig
-from serving.errors import BusyError, DrainingError, UnsupportedError, status_of
+from serving.config import Limits, ServeConfig, TlsConfig
+from serving.errors import (
+    AbsentError,
+    BusyError,
+    DrainingError,
+    ForbiddenError,
+    OversizedError,
+    UnknownClientError,
+    UnsupportedError,
+    status_of,
+)
 
 
 @pytest.mark.parametrize(
@@ -16,6 +25,10 @@ from serving.errors import BusyError, DrainingError, UnsupportedError, status_of
         (RequestError("x"), StatusCode.INVALID_ARGUMENT, 400),
         (CapacityError("x"), StatusCode.INVALID_ARGUMENT, 400),
         (UnsupportedError("x"), StatusCode.UNIMPLEMENTED, 501),
+        (UnknownClientError("x"), StatusCode.UNAUTHENTICATED, 401),
+        (ForbiddenError("x"), StatusCode.PERMISSION_DENIED, 403),
+        (AbsentError("x"), StatusCode.NOT_FOUND, 404),
+        (OversizedError("x"), StatusCode.RESOURCE_EXHAUSTED, 413),
         (DrainingError("x"), StatusCode.UNAVAILABLE, 503),
         (EngineClosedError("x"), StatusCode.UNAVAILABLE, 503),
         (StepError("x"), StatusCode.INTERNAL, 500),
@@ -40,7 +53,7 @@ def test_who_is_busy_says_until_when():
     ("fields", "message"),
     [
         ({"port": 70_000}, "70000"),
-        ({"max_requests": 0}, "max_requests must be at least 1, not 0"),
+        ({"http_port": -1}, "http_port must be in"),
         ({"grace_s": float("nan")}, "grace_s"),
         ({"host": "0.0.0.0"}, "--insecure"),
         ({"host": "example"}, "IP address"),
@@ -49,6 +62,29 @@ def test_who_is_busy_says_until_when():
 def test_bad_settings(fields, message):
     with pytest.raises(ConfigError, match=message):
         ServeConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_requests": 0}, "max_requests must be at least 1, not 0"),
+        ({"max_queue": -1}, "max_queue must not be negative, got -1"),
+        ({"max_client_requests": 0}, "max_client_requests must be at least 1"),
+        ({"max_message_mib": 4096}, "max_message_mib must be at most 2047, not 4096"),
+    ],
+)
+def test_bad_limits(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        Limits(**fields)
+
+
+def test_tls_files_must_exist(tmp_path):
+    with pytest.raises(ConfigError, match="tls cert: there is no file"):
+        TlsConfig(cert=tmp_path / "cert.pem", key=tmp_path / "key.pem")
+
+
+def test_an_open_address_needs_to_ask_who_calls(tmp_path):
+    assert ServeConfig(host="0.0.0.0", token_file=tmp_path / "tokens").host == "0.0.0.0"
 
 
 def test_addresses():

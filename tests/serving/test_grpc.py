@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import threading
-import time
+import zipfile
 
 import grpc
 import pytest
+import tokenizers
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
@@ -14,29 +17,14 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 )
 from smg_grpc_proto import vllm_engine_pb2 as pb
 from smg_grpc_proto import vllm_engine_pb2_grpc as pb_grpc
+from smg_grpc_proto.generated import common_pb2
 
-from tests.serving.server import Server, server
+from tests.serving.server import ENDLESS, PATIENCE_S, server
 
-PATIENCE_S = 60.0
 SERVICE = "vllm.grpc.engine.VllmEngine"
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """Compiled programs of all servers of this module."""
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def running(cache):
-    with server(cache) as it:
-        yield it
-
-
-@pytest.fixture(scope="module")
-def channel(running: Server):
-    with grpc.insecure_channel(running.grpc) as channel:
-        yield channel
+pytestmark = pytest.mark.xdist_group("server")
 
 
 @pytest.fixture(scope="module")
@@ -61,20 +49,8 @@ def refusal(stub, message: pb.GenerateRequest, **call) -> grpc.RpcError:
     return caught.value
 
 
-def wait_until_idle(stub) -> None:
-    """Until no request is open, and no slot of the pool in use."""
-    end = time.monotonic() + PATIENCE_S
-    while time.monotonic() < end:
-        (load,) = stub.GetLoads(pb.GetLoadsRequest(), timeout=PATIENCE_S).loads
-        info = stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=PATIENCE_S)
-        if load.num_used_tokens == load.num_total_reqs == info.active_requests == 0:
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"still busy: {load}, {info.active_requests} requests")
-
-
 def test_ready_line(running):
-    assert set(running.report) == {"ready", "grpc", "startup_s", "programs"}
+    assert set(running.report) == {"ready", "grpc", "http", "startup_s", "programs"}
     assert running.report["ready"] is True
 
 
@@ -130,6 +106,9 @@ def test_refusals_name_the_field(stub):
     "call",
     [
         lambda stub: stub.Embed(pb.EmbedRequest(), timeout=PATIENCE_S),
+        lambda stub: next(
+            stub.SubscribeKvEvents(common_pb2.SubscribeKvEventsRequest(), timeout=PATIENCE_S)
+        ),
     ],
 )
 def test_what_cannot_apply_is_unimplemented(stub, call):
@@ -138,8 +117,32 @@ def test_what_cannot_apply_is_unimplemented(stub, call):
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
-def test_abort_ends_a_request_with_its_reason(stub):
-    call = stub.Generate(request(request_id="long", max_tokens=250, ignore_eos=True))
+def test_the_tokenizer_is_given_away(stub):
+    *chunks, last = stub.GetTokenizer(common_pb2.GetTokenizerRequest(), timeout=PATIENCE_S)
+    data = b"".join(chunk.data for chunk in (*chunks, last))
+    assert last.sha256 == hashlib.sha256(data).hexdigest()
+    archive = zipfile.ZipFile(io.BytesIO(data))
+    assert set(archive.namelist()) == {"tokenizer.json", "tokenizer_config.json"}
+    native = tokenizers.Tokenizer.from_str(archive.read("tokenizer.json").decode())
+    assert native.encode("hé <300>").ids == list("hé <300>".encode())
+    assert native.decode([104, 105, 300]) == "hi<300>"
+
+
+def test_a_profile_is_written_where_the_server_was_told(stub, profiles):
+    with pytest.raises(grpc.RpcError, match="output_dir is not supported"):
+        stub.StartProfile(common_pb2.StartProfileRequest(output_dir="/tmp"), timeout=PATIENCE_S)
+    with pytest.raises(grpc.RpcError, match="no profile is being recorded"):
+        stub.StopProfile(common_pb2.StopProfileRequest(), timeout=PATIENCE_S)
+    assert stub.StartProfile(common_pb2.StartProfileRequest(), timeout=PATIENCE_S).success
+    with pytest.raises(grpc.RpcError, match="stop it first"):
+        stub.StartProfile(common_pb2.StartProfileRequest(), timeout=PATIENCE_S)
+    generate(stub, request())
+    assert stub.StopProfile(common_pb2.StopProfileRequest(), timeout=PATIENCE_S).success
+    assert list(profiles.rglob("*.xplane.pb"))
+
+
+def test_abort_ends_a_request_with_its_reason(stub, running):
+    call = stub.Generate(request(request_id="long", **ENDLESS))
     next(call)
     error = refusal(stub, request(request_id="long"))
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
@@ -147,28 +150,28 @@ def test_abort_ends_a_request_with_its_reason(stub):
     for _ in range(2):
         stub.Abort(pb.AbortRequest(request_ids=["long", "nobody"]), timeout=PATIENCE_S)
     *_, last = call
-    assert last.complete.finish_reason in ("abort", "length")
-    wait_until_idle(stub)
+    assert last.complete.finish_reason == "abort"
+    running.wait_until_idle()
 
 
-def test_a_dropped_stream_frees_its_kv(stub):
+def test_a_dropped_stream_frees_its_kv(stub, running):
     call = stub.Generate(request(max_tokens=250, ignore_eos=True))
     next(call)
     call.cancel()
-    wait_until_idle(stub)
+    running.wait_until_idle()
 
 
-def test_an_expired_deadline_frees_its_kv(stub):
+def test_an_expired_deadline_frees_its_kv(stub, running):
     call = stub.Generate(request(max_tokens=250, ignore_eos=True), timeout=0.02)
     with pytest.raises(grpc.RpcError) as caught:
         list(call)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    wait_until_idle(stub)
+    running.wait_until_idle()
 
 
 def test_it_tells_what_it_is(stub):
     model = stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=PATIENCE_S)
-    assert (model.served_model_name, model.max_context_length) == ("random:tiny", 256)
+    assert (model.served_model_name, model.max_context_length) == ("tiny", 256)
     assert stub.GetServerInfo(pb.GetServerInfoRequest()).server_type == "loongjax"
     assert stub.GetLoads(pb.GetLoadsRequest()).version.startswith("loongjax ")
     assert stub.HealthCheck(pb.HealthCheckRequest()).healthy
@@ -176,13 +179,15 @@ def test_it_tells_what_it_is(stub):
 
 def test_reflection_lists_and_describes(channel):
     database = ProtoReflectionDescriptorDatabase(channel)
-    assert {SERVICE, "grpc.health.v1.Health"} <= set(database.get_services())
+    ours = {SERVICE, "loongjax.v1.Inference", "loongjax.v1.Cluster", "grpc.health.v1.Health"}
+    assert ours <= set(database.get_services())
     assert database.FindFileContainingSymbol(SERVICE).package == "vllm.grpc.engine"
 
 
-def test_sigterm_drains(cache):
+def test_sigterm_drains(model, cache):
     """Open requests end, new ones are refused, readiness goes first, and the exit code is 0."""
-    with server(cache) as it, grpc.insecure_channel(it.grpc) as channel:
+    grace = ("--grace-s", str(PATIENCE_S))
+    with server(model, cache, *grace) as it, grpc.insecure_channel(it.grpc) as channel:
         stub, health = pb_grpc.VllmEngineStub(channel), health_pb2_grpc.HealthStub(channel)
         watch = health.Watch(health_pb2.HealthCheckRequest(service=SERVICE))
         assert next(watch).status == HealthCheckResponse.SERVING

@@ -111,7 +111,7 @@ OTHERS = {
 @pytest.mark.parametrize("field", OTHERS)
 def test_other_inputs_are_refused_by_name(field):
     with pytest.raises(UnsupportedError, match=field):
-        to_call(pb.GenerateRequest(text="a", **{field: OTHERS[field]}), name="x")
+        to_call(pb.GenerateRequest(text="a", **{field: OTHERS[field]}), client="me", name="x")
 
 
 def test_no_field_of_the_request_is_forgotten():
@@ -120,16 +120,16 @@ def test_no_field_of_the_request_is_forgotten():
 
 
 def test_a_rank_of_its_own_is_refused():
-    to_call(pb.GenerateRequest(text="a", data_parallel_rank=0), name="x")
+    to_call(pb.GenerateRequest(text="a", data_parallel_rank=0), client="me", name="x")
     with pytest.raises(RequestError, match="data_parallel_rank must be 0 or unset, not 2"):
-        to_call(pb.GenerateRequest(text="a", data_parallel_rank=2), name="x")
+        to_call(pb.GenerateRequest(text="a", data_parallel_rank=2), client="me", name="x")
 
 
 def test_prompts_and_names():
     ids = pb.GenerateRequest(request_id="r", tokenized=pb.TokenizedInput(input_ids=[1, 2]))
-    call = to_call(ids, name="other", priority=2, time_left_s=1.5)
+    call = to_call(ids, client="me", name="other", priority=2, time_left_s=1.5)
     assert (call.name, call.prompt, call.priority, call.time_left_s) == ("r", (1, 2), 2, 1.5)
-    assert to_call(pb.GenerateRequest(text="hi"), name="other").name == "other"
-    assert to_call(pb.GenerateRequest(text=""), name="other").prompt == ""
+    assert to_call(pb.GenerateRequest(text="hi"), client="me", name="other").name == "other"
+    assert to_call(pb.GenerateRequest(text=""), client="me", name="other").prompt == ""
     with pytest.raises(RequestError, match="no input"):
-        to_call(pb.GenerateRequest(), name="other")
+        to_call(pb.GenerateRequest(), client="me", name="other")

@@ -1,6 +1,6 @@
 """vLLM on CPU: its engine, stepped in this process, without detokenizing or prefix caching.
 
-One step takes a prompt of `max_tokens_per_step` whole. Runs in the peer's environment; see
+One step takes a prompt of `max_len` tokens whole. Runs in the peer's environment; see
 `loongjax.bench.worker`.
 """
 

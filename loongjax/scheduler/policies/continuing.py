@@ -12,7 +12,7 @@ from collections.abc import Sequence, Set
 
 from loongjax.costmodel.protocol import CostModel
 from loongjax.plan import DecodeStep, Group, InstanceId, RequestId, RequestView, step_requests
-from loongjax.scheduler.policies.seats import parts
+from loongjax.scheduler.policies.seats import groups_in_flight, parts
 from loongjax.scheduler.policies.worktable import Worktable
 from loongjax.scheduler.scaling import scale_up
 
@@ -37,7 +37,7 @@ def groups_to_go_on(
     if not table.soon:
         return frozenset(going)
     quiet = frozenset(filter(table.is_empty, table.idle)) if grows else frozenset()
-    for group, rows in _decoding(table).items():
+    for group, rows in groups_in_flight(table.snapshot, table.soon).items():
         if wanted.isdisjoint(group) and _stays(table, group, rows, quiet, cost):
             going.add(group)
     return frozenset(going)
@@ -50,19 +50,6 @@ def _wanted(table: Worktable, seated: Set[RequestId]) -> set[InstanceId]:
         if view.id not in seated and view.id not in table.stuck:
             found |= view.homes if view.tail is not None else table.reach(view.homes)
     return found
-
-
-def _decoding(table: Worktable) -> dict[Group, list[RequestView]]:
-    """Groups of decode steps in flight, each with those who go on after the newest of them."""
-    members: dict[int, list[InstanceId]] = {}
-    for instance in table.snapshot.instances:
-        if instance.busy_seq is not None and instance.id in table.soon:
-            members.setdefault(instance.busy_seq, []).append(instance.id)
-    rows: dict[int, list[RequestView]] = {seq: [] for seq in members}
-    for view in table.snapshot.running:
-        if view.last_seq in rows and view.computed < view.peak:
-            rows[view.last_seq].append(view)
-    return {tuple(group): rows[seq] for seq, group in members.items() if rows[seq]}
 
 
 def _stays(

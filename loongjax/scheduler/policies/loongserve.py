@@ -46,11 +46,14 @@ class LoongServe:
       migrates: Whether decodes are moved together to make room for prompts.
       scale_up: Whether groups that decode take further instances when memory or compute is
         short. Without it they do only if a request could not end otherwise.
-      patience: How long others may overtake a prompt that has to wait [s since it came]. 0,
-        as in the paper: never. More: instances are idle less often, and short prompts wait
-        less for long ones, which wait longer. The published code lets a number of plans
-        overtake instead, tuned for each data set; a policy that remembers nothing has the
-        clock alone.
+      patience: How long others may overtake a prompt that has to wait, since it came, as a
+        multiple of what it takes alone on all instances. 0, as in the paper: never. More:
+        instances are idle less often, and short prompts wait less for long ones, which wait
+        longer. The published code lets a number of plans overtake instead, tuned for each data
+        set; a policy that remembers nothing has the clock alone.
+      block_s: A prompt that takes longer than this on all instances [s] leaves one of them to
+        others, unless it needs all, or has lost its patience. Else whoever comes waits for its
+        end. Higher: such prompts take less time, and short ones are held up more.
       decode_s: What a decode step should take at most [s]. KV is kept on as many instances as
         read it in that time, and a prompt gets no fewer, if any number does. Set it a little
         below the objective for the time from token to token. Higher: long contexts take fewer
@@ -66,6 +69,7 @@ class LoongServe:
     scale_up: bool = True
     patience: float = 0.0
     decode_s: float = 0.045
+    block_s: float = 3.0
 
     def __post_init__(self) -> None:
         if self.headroom is not None and self.headroom < 0:
@@ -77,6 +81,8 @@ class LoongServe:
             raise ConfigError(f"typical_answer must be at least 1, not {self.typical_answer}")
         if not self.patience >= 0.0:
             raise ConfigError(f"patience must not be negative, got {self.patience}")
+        if not self.block_s >= 0.0:
+            raise ConfigError(f"block_s must not be negative, got {self.block_s}")
         if not self.decode_s > 0.0:
             raise ConfigError(f"decode_s must be positive, got {self.decode_s}")
 
@@ -90,11 +96,13 @@ class LoongServe:
             typical_answer=self.typical_answer,
             migrates=self.migrates,
             decode_s=self.decode_s,
+            patience=self.patience,
+            block_s=self.block_s,
         )
         decodes: list[DecodeStep] = []
         if table.idle:
             seating.seat_the_short()
-            prefills.seat(now, self.patience)
+            prefills.seat(now)
             seating.seat_the_rest()
             seating.grow_for_compute(self.cost)
             decodes = seating.steps(snapshot.next_seq + len(prefills.steps), self.cost)
@@ -102,7 +110,7 @@ class LoongServe:
         if not steps and not table.soon and not table.late:
             _preempt_last(table)
         ahead = frozenset[Group]()
-        if not prefills.anyone_waits(now, self.patience):
+        if not prefills.anyone_waits(now):
             ahead = groups_to_go_on(table, decodes, grows=self.scale_up, cost=self.cost)
         return Plan(steps=steps, preempt=tuple(table.preempted), ahead=ahead)
 

@@ -42,27 +42,28 @@ def clear(
     Returns:
       None if there is no room, or no group for it.
     """
+    topology, usable = table.snapshot.topology, frozenset(table.idle | table.soon | sources)
     targets = _Targets(table, table.everything - closed - table.late, answer)
     known = table.near if sources <= table.idle else table.census
     there = [view for view in known if not sources.isdisjoint(view.homes)]
     moves: list[Move] = []
+    group: Group = ()
     for view in sorted(there, key=lambda view: (-view.computed, view.id)):
         blocks = sum(table.held_blocks(view, source) for source in view.homes & sources)
         target = targets.take(view, view.homes - sources, blocks)
         if target is None:
             return None
+        if target not in group:
+            cover = topology.smallest_cover(frozenset(sources | targets.used), usable)
+            if cover is None:  # nor for more of them
+                return None
+            group = cover
         moves += [
             Move(view.id, share.instance, target, share.tokens)
             for share in view.kv
             if share.instance in sources
         ]
-    if not moves:
-        return None
-    usable = table.idle | table.soon | sources
-    group = table.snapshot.topology.smallest_cover(
-        frozenset(sources | targets.used), frozenset(usable)
-    )
-    return None if group is None else Clearing(moves=tuple(moves), group=group)
+    return Clearing(moves=tuple(moves), group=group) if moves else None
 
 
 def rooms(table: Worktable, answer: int) -> dict[InstanceId, int]:

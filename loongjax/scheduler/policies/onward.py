@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from loongjax.plan import Group, InstanceId, RequestView
+from loongjax.plan import Group, RequestView
 from loongjax.scheduler.policies.board import Board
-from loongjax.scheduler.policies.seats import parts
+from loongjax.scheduler.policies.seats import groups_in_flight, parts
 
 
 def groups_to_go_on(board: Board, planned: Iterable[Group]) -> frozenset[Group]:
@@ -20,29 +20,14 @@ def groups_to_go_on(board: Board, planned: Iterable[Group]) -> frozenset[Group]:
     Comes last, when everybody had a chance to say what they wait for.
     """
     going = {group for group in planned if board.wanted.isdisjoint(group)}
-    going.update(group for group in _decoding(board) if board.wanted.isdisjoint(group))
+    for group, rows in groups_in_flight(board.snapshot, board.soon).items():
+        if board.wanted.isdisjoint(group) and _is_needed(board, group, rows):
+            going.add(group)
     return frozenset(going)
-
-
-def _decoding(board: Board) -> list[Group]:
-    """Groups of steps in flight, of those that would be planned again as they are."""
-    groups: dict[int, list[InstanceId]] = {}
-    for instance in board.snapshot.instances:
-        if instance.busy_seq is not None and instance.id in board.soon:
-            groups.setdefault(instance.busy_seq, []).append(instance.id)
-    rows: dict[int, list[RequestView]] = {seq: [] for seq in groups}
-    for view in board.snapshot.running:
-        if view.last_seq in rows and view.computed < view.peak:
-            rows[view.last_seq].append(view)
-    return [
-        tuple(group) for seq, group in groups.items() if _is_needed(board, tuple(group), rows[seq])
-    ]
 
 
 def _is_needed(board: Board, group: Group, rows: list[RequestView]) -> bool:
     """Whether these decode together, and on no smaller group."""
-    if not rows:
-        return False
     together = parts(view.homes for view in rows)
     if len(together) > 1:
         return False

@@ -52,7 +52,7 @@ class Outlook:
         return -(-(self._typical_answer + produced) // (1 + len(near)))
 
     @cached_property
-    def _late_waits(self) -> dict[InstanceId, float]:
+    def late_waits(self) -> dict[InstanceId, float]:
         """How long until the next few prefill steps in flight end: half their time [s]."""
         table = self._table
         groups: dict[int, list[InstanceId]] = defaultdict(list)
@@ -98,7 +98,7 @@ class Outlook:
         if room < table.blocks(table.granted(head)) or self._profits_from_more(head, len(waits)):
             waits |= dict.fromkeys(table.everything - table.late - used - self.ready, self.beat)
             if table.late and self._profits_from_more(head, len(waits)):
-                waits |= self._late_waits
+                waits |= self.late_waits
         spare = rooms(table, self.answer)
         around = sum([max(0, spare[i]) for i in spare if i not in table.late])
         return [

@@ -9,12 +9,12 @@ Between two prompts on an instance, everybody who decodes there gets a token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate, islice, takewhile
 
-from loongjax.costmodel.protocol import CostModel, DecodeWork
+from loongjax.costmodel.protocol import ChunkWork, CostModel, DecodeWork
 from loongjax.plan import (
     Chunk,
     Group,
@@ -63,6 +63,8 @@ class Prefills:
         typical_answer: int,
         migrates: bool,
         decode_s: float,
+        patience: float,
+        block_s: float,
     ) -> None:
         """Comes after those decodes that have no room, for they go first."""
         self._table = table
@@ -71,29 +73,41 @@ class Prefills:
         self._outlook = Outlook(table, cost, typical_answer)
         self._used: set[InstanceId] = set()
         self._decode_s = decode_s
+        self._patience, self._block_s = patience, block_s
+        self._most_instances: int | None = None
         snapshot = table.snapshot
+        self._headroom, self._block_size = table.headroom, snapshot.block_size
+        self._longest = table.longest_prefill
         self._limits = Limits(tokens=snapshot.max_chunk_tokens, chunks=snapshot.max_rows)
         self._most = max(table.capacity)
         self._degrees = few_degrees(snapshot.topology.degrees)
         self.steps: list[PrefillStep | MigrateStep] = []
 
-    def seat(self, now: float, patience: float) -> None:
-        """Begins prompts in line until one has to wait that has lost its patience: it came
-        at least that long ago [s].
-        """
+    def seat(self, now: float) -> None:
+        """Begins prompts in line until one has to wait that has lost its patience."""
         in_flight = self._table.snapshot.in_flight
         line = (view for view in self._table.line if view.id not in in_flight)
-        some = list(islice(line, _MOST_PROMPTS))
+        views = list(islice(line, _MOST_PROMPTS))
+        whole = [self._whole(view) for view in views]
         for _ in range(_ROUNDS):
-            if not some or not self._outlook.ready:
+            if not views or not self._outlook.ready:
                 return
-            count = self._seat_whole(some) if self._is_whole(some[0]) else self._seat_next(some[0])
-            if not count and now - some[0].arrival >= patience:
+            head, prompts = views[0], list(_until_none(whole))
+            patient = self._is_patient(head, now)
+            if not prompts:
+                count = self._seat_next(head)
+            elif patient and self._would_block(head):
+                count = self._seat_beside(head, prompts)
+            else:
+                count = self._seat_whole(views, prompts)
+            if not count and not patient:
                 return
-            some = [*some[count or 1 :], *islice(line, count or 1)]
+            more = list(islice(line, count or 1))
+            views = views[count or 1 :] + more
+            whole = whole[count or 1 :] + [self._whole(view) for view in more]
 
-    def anyone_waits(self, now: float, patience: float) -> bool:
-        """Whether a prompt that this plan does not begin waits for more than memory; see `seat`."""
+    def anyone_waits(self, now: float) -> bool:
+        """Whether a prompt that this plan does not begin waits for more than memory."""
         table = self._table
         if table.preempted:
             return True
@@ -102,26 +116,59 @@ class Prefills:
         head = next(line, None)
         if head is None:
             return False
-        return bool(head.kv) or now - head.arrival < patience or self._has_memory(head)
+        if head.kv or self._is_patient(head, now):
+            return True
+        return self._has_memory(self._prompt(head))
 
-    def _is_whole(self, view: RequestView) -> bool:
-        """Whether one step can compute all of it, over no KV."""
-        return not view.kv and view.length <= self._table.longest_prefill
+    def _whole(self, view: RequestView) -> Prompt | None:
+        """A prompt that one step can compute all of, over no KV; None: another one."""
+        prompt = self._prompt(view)
+        return None if view.kv or prompt.tokens > self._longest else prompt
+
+    # ---- who lets others go first ----------------------------------------------------
+
+    def _is_patient(self, view: RequestView, now: float) -> bool:
+        """Whether others may overtake it still."""
+        if not self._patience:
+            return False
+        return now - view.arrival < self._patience * self._alone_s(view)
+
+    def _would_block(self, view: RequestView) -> bool:
+        """Whether it would keep all instances from others for long."""
+        return self._alone_s(view) > self._block_s
+
+    def _alone_s(self, view: RequestView) -> float:
+        work = [ChunkWork(max(1, view.uncomputed), view.computed)]
+        return self._cost.prefill(self._degrees[-1], work)
+
+    def _seat_beside(self, head: RequestView, prompts: Sequence[Prompt]) -> int:
+        """Begins a prompt that takes long, alone, on instances that leave one to others, unless it
+        needs all; says whether it did.
+        """
+        self._limit_for(prompts[0])
+        everything = self._table.everything
+        needed = -(-prompts[0].tokens // self._limits.tokens)
+        if needed < len(everything):
+            soon = [i for i, wait in self._outlook.late_waits.items() if wait <= self._block_s]
+            others = (everything - self._table.late - self._used).union(soon)
+            self._most_instances = len(others) - 1
+        try:
+            return self._seat_whole([head], prompts[:1]) if self._most_instances != 0 else 0
+        finally:
+            self._most_instances = None
 
     # ---- whole prompts ---------------------------------------------------------------
 
-    def _seat_whole(self, line: Sequence[RequestView]) -> int:
-        """Begins prompts from the first in line on; says how many."""
-        if not self._has_memory(line[0]):
+    def _seat_whole(self, line: Sequence[RequestView], prompts: Sequence[Prompt]) -> int:
+        """Begins prompts, those of the first in line, from the first on; says how many."""
+        if not self._has_memory(prompts[0]):
             return 0
-        self._limit_for(line[0])
-        whole = list(takewhile(self._is_whole, line))
-        prompts = [self._prompt(view) for view in whole]
+        self._limit_for(prompts[0])
         candidates = self._outlook.candidates(line[0], self._used)
-        moving = self._begin(whole, prompts, candidates) if self._migrates else None
+        moving = self._begin(line, prompts, candidates) if self._migrates else None
         if moving is None:
-            fixed = [replace(candidate, moved=None) for candidate in candidates]
-            return self._begin(whole, prompts, fixed) or 0
+            fixed = [each._replace(moved=None) if each.moved else each for each in candidates]
+            return self._begin(line, prompts, fixed) or 0
         return moving
 
     @cached_property
@@ -134,18 +181,18 @@ class Prefills:
     def _tip(self) -> int:
         return tipping_point(self._degrees[0], self._cost)
 
-    def _limit_for(self, head: RequestView) -> None:
-        """Groups are to be large enough for KV that is read in time, if any are for `head`."""
-        table, prompt = self._table, self._prompt(head)
+    def _limit_for(self, prompt: Prompt) -> None:
+        """Groups are to be large enough for KV that is read in time, if any are for this one."""
+        table = self._table
         tokens, self._most = table.snapshot.max_chunk_tokens, max(table.capacity)
         in_time = self._in_time
         if prompt.tokens <= in_time * self._degrees[-1] and in_time < tokens:
             tokens, self._most = in_time, table.blocks(in_time + prompt.growth)
         self._limits = Limits(tokens=tokens, chunks=table.snapshot.max_rows)
 
-    def _has_memory(self, head: RequestView) -> bool:
+    def _has_memory(self, prompt: Prompt) -> bool:
         """The memory test of `dispatch` for the first in line alone: if it fails, all is said."""
-        table, prompt = self._table, self._prompt(head)
+        table = self._table
         if prompt.blocks > sum(table.free):
             return False
         plenty = table.has_plenty(prompt.blocks)
@@ -154,10 +201,9 @@ class Prefills:
     def _prompt(self, view: RequestView) -> Prompt:
         tokens = view.prompt + view.generated
         growth = view.max_tokens - view.generated - 1
-        headroom = self._table.headroom
-        if headroom is not None and growth > headroom:
-            growth = headroom
-        return Prompt(tokens, growth, self._table.blocks(tokens + growth))
+        if self._headroom is not None and growth > self._headroom:
+            growth = self._headroom
+        return Prompt(tokens, growth, -(-(tokens + growth) // self._block_size))
 
     def _begin(
         self,
@@ -224,6 +270,7 @@ class Prefills:
             prompts=prompts,
             behind=_weight(behind),
             elsewhere=self._outlook.elsewhere(candidates),
+            most=self._most_instances,
         )
         topology = self._table.snapshot.topology
         while candidates:
@@ -306,7 +353,8 @@ class Prefills:
             kept = shares(pieces, view.length, table.snapshot.block_size)
             chunks.append(Chunk(request=view.id, start=0, length=view.length, last=True))
             keep.append(Placement(request=view.id, shares=kept))
-            table.place(replace(view, computed=view.length, kv=tuple(sorted(kept))), pieces)
+            placed = replace(view, computed=view.length, kv=tuple(sorted(kept)))
+            table.place(placed, pieces, new=True)
         self._append(batch.group, tuple(chunks), tuple(keep))
 
     @cached_property
@@ -344,6 +392,13 @@ class Prefills:
         )
         self._append(found.group, (found.chunk,), (found.placement,))
         return 1
+
+
+def _until_none(whole: Iterable[Prompt | None]) -> Iterator[Prompt]:
+    for prompt in whole:
+        if prompt is None:
+            return
+        yield prompt
 
 
 def _weight(prompts: Sequence[Prompt]) -> float:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar, runtime_checkable
 
-from loongjax.plan import Group, InstanceId
+from loongjax.plan import Group, InstanceId, RequestView, Snapshot
 
 
 @runtime_checkable
@@ -103,6 +103,21 @@ def parts(homes: Iterable[frozenset[InstanceId]]) -> list[frozenset[InstanceId]]
         apart = [part for part in found if part.isdisjoint(own)]
         found = [*apart, own.union(*(part for part in found if part not in apart))]
     return found
+
+
+def groups_in_flight(snapshot: Snapshot, soon: Set[InstanceId]) -> dict[Group, list[RequestView]]:
+    """Groups of decode steps in flight on instances that are idle `soon`, each with those who go on
+    after the newest of them; groups of which nobody does are left out.
+    """
+    members: dict[int, list[InstanceId]] = {}
+    for instance in snapshot.instances:
+        if instance.busy_seq is not None and instance.id in soon:
+            members.setdefault(instance.busy_seq, []).append(instance.id)
+    rows: dict[int, list[RequestView]] = {seq: [] for seq in members}
+    for view in snapshot.running:
+        if view.last_seq in rows and view.computed < view.peak:
+            rows[view.last_seq].append(view)
+    return {tuple(group): rows[seq] for seq, group in members.items() if rows[seq]}
 
 
 def most_free(

@@ -9,7 +9,7 @@ for (`census`). Counts memory in blocks, as the allocator does.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import attrgetter
 
@@ -226,6 +226,17 @@ class Worktable:
         views = [*self.census, *self.placed.values()]
         if len(region) < len(self.free):
             views = [view for view in views if not region.isdisjoint(view.homes)]
+        held, left = self._held_and_left(views)
+        if len(region) < len(self.free):
+            held -= _array([sum(s[1] for s in v.kv if s[0] not in region) for v in views])
+        size = self.snapshot.block_size
+        capacity = sum(self.capacity[instance] for instance in region) * size
+        return Pool(capacity=capacity, block_size=size, held=held, left=left)
+
+    def _held_and_left(
+        self, views: Sequence[RequestView]
+    ) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
+        """KV tokens of each, those of its prompt at least, and those that it may still add."""
         prompt = _array([view.prompt for view in views])
         computed = _array([view.computed for view in views])
         ends = prompt + _array([view.max_tokens for view in views]) - 1
@@ -233,12 +244,7 @@ class Worktable:
             known = np.maximum(computed, prompt + _array([view.generated for view in views]))
             ends = np.minimum(ends, known + self.headroom)
         held = np.maximum(computed, prompt)
-        left = np.maximum(ends - held, 0)
-        if len(region) < len(self.free):
-            held -= _array([sum(s[1] for s in v.kv if s[0] not in region) for v in views])
-        size = self.snapshot.block_size
-        capacity = sum(self.capacity[instance] for instance in region) * size
-        return Pool(capacity=capacity, block_size=size, held=held, left=left)
+        return held, np.maximum(ends - held, 0)
 
     @cached_property
     def everything(self) -> frozenset[InstanceId]:
@@ -280,12 +286,22 @@ class Worktable:
 
     # ---- what the plan does to it ----------------------------------------------------
 
-    def place(self, view: RequestView, taken: Iterable[tuple[InstanceId, int]]) -> None:
-        """A prompt gets KV by this plan; `view` shows it with that, `taken` are the blocks."""
+    def place(
+        self, view: RequestView, taken: Iterable[tuple[InstanceId, int]], *, new: bool = False
+    ) -> None:
+        """A prompt gets KV by this plan; `view` shows it with that, `taken` are the blocks. If it
+        is `new`, it had none.
+        """
         for instance, blocks in taken:
             self.free[instance] -= blocks
         self.placed[view.id] = view
+        whole: Pool | None = self.__dict__.get("_whole_pool")
         self._forget("census", "_whole_pool")
+        if new and whole is not None:
+            held, left = self._held_and_left([view])
+            self._whole_pool = replace(
+                whole, held=np.append(whole.held, held), left=np.append(whole.left, left)
+            )
 
     def claim(self, group: Iterable[InstanceId]) -> None:
         """Uses instances in this plan, or keeps them for who needs them next."""

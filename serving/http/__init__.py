@@ -1,0 +1,1 @@
+"""HTTP as the clients of OpenAI's API speak it."""

@@ -1,0 +1,88 @@
+"""The HTTP server: uvicorn, in the loop and under the signals of the whole process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from collections.abc import Iterator
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from loongjax.errors import ConfigError
+from serving.config import ServeConfig, join_address
+
+_BACKLOG = 2048
+
+
+class HttpServer:
+    """An HTTP server on its address; belongs to one asyncio loop.
+
+    Attributes:
+      address: Where it listens, with its scheme.
+    """
+
+    def __init__(self, app: ASGIApp, config: ServeConfig, port: int) -> None:
+        """Takes the address.
+
+        Raises:
+          ConfigError: It is in use, or not of this machine; or a certificate cannot be used.
+        """
+        self._socket = _listen(config.host, port)
+        tls = config.tls
+        options = uvicorn.Config(
+            app,
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            loop="none",
+            backlog=_BACKLOG,
+            ssl_certfile=None if tls is None else tls.cert,
+            ssl_keyfile=None if tls is None else tls.key,
+            ssl_ca_certs=None if tls is None or tls.client_ca is None else str(tls.client_ca),
+            ssl_cert_reqs=ssl.CERT_REQUIRED if tls and tls.client_ca else ssl.CERT_NONE,
+        )
+        try:
+            options.load()
+        except (OSError, ssl.SSLError) as error:
+            self._socket.close()
+            raise ConfigError(f"the certificate cannot be used: {error}") from error
+        self._server = _Server(options)
+        scheme = "http" if tls is None else "https"
+        address = join_address(config.host, self._socket.getsockname()[1])
+        self.address = f"{scheme}://{address}"
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Answers from now on."""
+        self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+        while not self._server.started and not self._task.done():
+            await asyncio.sleep(0.005)
+
+    async def stop(self, grace_s: float) -> None:
+        """Takes no more requests; what is open after `grace_s` is cancelled."""
+        self._server.config.timeout_graceful_shutdown = max(1, round(grace_s))
+        self._server.should_exit = True
+        if self._task is not None:
+            await self._task
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leaves the signals to the process."""
+        yield
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {join_address(host, port)}: {error}; choose another --http-port "
+            "or --host"
+        ) from error

@@ -1,0 +1,105 @@
+"""The Shepherd Model Gateway in front of a real server: OpenAI's HTTP to our gRPC."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import openai
+import pytest
+
+from tests.serving.server import PATIENCE_S
+
+_SMG = shutil.which("smg") or shutil.which("smg", path=Path(sys.executable).parent)
+
+pytestmark = [
+    pytest.mark.xdist_group("server"),
+    pytest.mark.skipif(_SMG is None, reason="the package smg is not installed"),
+]
+
+GREEDY = {"model": "tiny", "temperature": 0.0, "max_tokens": 8}
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as it:
+        return it.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def gateway(running, model, tmp_path_factory):
+    """Its URL, when it has found the server."""
+    port, metrics = free_port(), free_port()
+    log = tmp_path_factory.mktemp("gateway") / "log"
+    command = [_SMG, "launch", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--worker-urls", f"grpc://{running.grpc}", "--tokenizer-path", str(model)]
+    command += ["--prometheus-port", str(metrics), "--prometheus-host", "127.0.0.1"]
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        _wait_for_models(process, url, log)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(PATIENCE_S)
+
+
+def _wait_for_models(process: subprocess.Popen, url: str, log: Path) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{url}/v1/models", timeout=5) as response:
+                if b"tiny" in response.read():
+                    return
+        except (urllib.error.URLError, OSError):
+            pass
+        time.sleep(0.2)
+    raise AssertionError(log.read_text()[-3000:])
+
+
+@pytest.fixture(scope="module")
+def through(gateway):
+    with openai.OpenAI(
+        base_url=f"{gateway}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S
+    ) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def directly(running):
+    with openai.OpenAI(
+        base_url=f"{running.http}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S
+    ) as client:
+        yield client
+
+
+def test_a_chat_through_the_gateway(through, directly):
+    messages = [{"role": "user", "content": "hello"}]
+    expected = directly.chat.completions.create(messages=messages, **GREEDY)
+    found = through.chat.completions.create(messages=messages, **GREEDY)
+    assert found.choices[0].message.content == expected.choices[0].message.content
+    assert found.usage.completion_tokens == 8
+    stream = through.chat.completions.create(messages=messages, stream=True, **GREEDY)
+    said = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+    assert said == expected.choices[0].message.content
+
+
+def test_a_completion_through_the_gateway(through, directly):
+    expected = directly.completions.create(prompt="hello", **GREEDY)
+    found = through.completions.create(prompt="hello", **GREEDY)
+    assert found.choices[0].text == expected.choices[0].text
+
+
+def test_the_gateways_client_may_go(through, running):
+    stream = through.completions.create(
+        model="tiny", prompt="x", max_tokens=250, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    stream.close()
+    running.wait_until_idle()
