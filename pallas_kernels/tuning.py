@@ -44,7 +44,7 @@ class Tuning:
 
     Attributes:
       chip: Its name, that of its hardware description.
-      device_kinds: How jax names it, lower case; longer names may begin so.
+      device_kinds: How jax names it, lower case; longer names of GPUs may begin so.
       method: How the tiles were found.
       striped_attention: Tiles by shape.
     """
@@ -95,12 +95,16 @@ def tunings() -> Mapping[str, Tuning]:
 
 
 def chip_of(device_kind: str) -> str:
-    """The chip that jax names so; empty for one that has no table."""
+    """The chip that jax names so; empty for one that has no table.
+
+    A GPU's name goes on with its memory and form. A TPU's is whole: "TPU v5" is v5p, and
+    "TPU v5 lite" v5e.
+    """
     kind = device_kind.lower()
     matches = [
         (len(known), tuning.chip)
         for tuning in tunings().values()
         for known in tuning.device_kinds
-        if kind.startswith(known)
+        if kind == known or (kind.startswith(known) and not known.startswith("tpu "))
     ]
     return max(matches)[1] if matches else ""

@@ -53,11 +53,20 @@ def test_tiles_shrink_with_the_stripe_and_short_stripes_have_their_own():
     assert wide.tiles(16, 2, 4096) is None
 
 
-def test_chips_are_known_by_the_longest_name_that_fits(monkeypatch):
-    larger = replace(SMALL, chip="larger", device_kinds=("tpu small plus", "tpu big"))
-    monkeypatch.setattr(tuning, "tunings", lambda: {"small": SMALL, "larger": larger})
-    kinds = ["TPU small", "TPU small2", "TPU Small plus", "TPU big", "cpu"]
+def test_gpus_are_known_by_the_longest_name_that_fits(monkeypatch):
+    small = replace(SMALL, device_kinds=("gpu small",))
+    larger = replace(SMALL, chip="larger", device_kinds=("gpu small plus", "gpu big"))
+    monkeypatch.setattr(tuning, "tunings", lambda: {"small": small, "larger": larger})
+    kinds = ["GPU small", "GPU small2", "GPU Small plus", "GPU big 80GB", "cpu"]
     assert [chip_of(kind) for kind in kinds] == ["small", "small", "larger", "larger", ""]
+
+
+def test_tpus_are_known_by_their_whole_name(monkeypatch):
+    """Else a v5e, "TPU v5 lite", would take the tiles of a v5p as long as it has no table."""
+    v5p = replace(SMALL, chip="v5p", device_kinds=("tpu v5", "tpu v5p"))
+    monkeypatch.setattr(tuning, "tunings", lambda: {"v5p": v5p})
+    kinds = ["TPU v5", "TPU v5p", "TPU v5 lite", "TPU v5e"]
+    assert [chip_of(kind) for kind in kinds] == ["v5p", "v5p", "", ""]
 
 
 def test_a_table_has_the_head_sizes_of_models():
