@@ -16,9 +16,12 @@ _ARGUMENTS = frozenset({
 })  # fmt: skip
 
 
-def add_engine_options(parser: argparse.ArgumentParser, *, planning: bool = True) -> None:
+def add_engine_options(
+    parser: argparse.ArgumentParser, *, planning: bool = True, needs_model: bool = True
+) -> None:
     """The options of `loongjax.LLM`; without `planning`, those for an engine without a policy."""
     group = parser.add_argument_group("engine")
+    _add_model_option(group, needs_model)
     _add_cluster_options(group)
     _add_size_options(group)
     if planning:
@@ -26,12 +29,15 @@ def add_engine_options(parser: argparse.ArgumentParser, *, planning: bool = True
     _add_program_options(group)
 
 
-def _add_cluster_options(group: argparse._ArgumentGroup) -> None:
+def _add_model_option(group: argparse._ArgumentGroup, is_needed: bool) -> None:
     group.add_argument(
         "--model",
-        required=True,
+        required=is_needed,
         help="demo, random:NAME, a folder, a .gguf file, or an id on the Hugging Face hub",
     )
+
+
+def _add_cluster_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--instances",
         type=int,
