@@ -19,6 +19,7 @@ from loongjax.bench import engine, peers
 from loongjax.bench.cores import first_cores
 from loongjax.bench.floor import Machine
 from loongjax.bench.host import HostTimeReport
+from loongjax.bench.process import Worker
 from loongjax.cli.bench_engine import host_table
 from loongjax.cli.main import main
 from tests.bench.test_cells import FakeWorker
@@ -40,7 +41,7 @@ def started(monkeypatch):
     """Puts fakes in the place of everything that takes time; the settings of every worker."""
     started = []
 
-    class Started(FakeWorker):
+    class Started(FakeWorker, Worker):
         def __init__(self, name, *, python, subject, settings):
             super().__init__(name, 0.5, [])
             started.append((name, settings))

@@ -102,6 +102,8 @@ def test_a_token_that_is_nowhere_fails_the_step(rig):
     errors = {result.seq: result.error for result in results}
     assert errors[planned.seq] is None
     assert "request 'a' is neither known" in errors[alone.seq]
+    for name in PROMPTS:
+        rig.release(name)
 
 
 def test_nothing_keeps_the_tokens_of_a_request_that_is_forgotten(rig):
