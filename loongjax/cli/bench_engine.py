@@ -82,16 +82,16 @@ def run(options: argparse.Namespace) -> None:
 
 
 def cell_table(cells: Sequence[Mapping[str, Any]]) -> str:
-    """The cells as a Markdown table, tokens per second."""
-    names = list(cells[0]["peers"])
+    """The cells as a Markdown table, tokens per second; empty where a peer takes no such dtype."""
+    names = list(dict.fromkeys(name for cell in cells for name in cell["peers"]))
     heads = ["dtype", "what", "loongjax", *names, "of the best", "of the floor"]
     rows = []
     for cell in cells:
-        rates = [cell["ours"], *(cell["peers"][name] for name in names)]
+        rates = [cell["ours"], *(cell["peers"].get(name) for name in names)]
         ratios = [cell["ratio_to_best"], cell["floor_ratio"]]
         rows.append(
             [cell["dtype"], cell["what"]]
-            + [f"{rate:,.0f}" for rate in rates]
+            + ["" if rate is None else f"{rate:,.0f}" for rate in rates]
             + [f"{ratio:.2f}" for ratio in ratios]
         )
     return _table(heads, rows)
