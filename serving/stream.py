@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from loongjax.engine import Event, FinishedEvent
 
@@ -49,38 +49,45 @@ class AnswerStream:
         self.tokens = 0
         self.ends: dict[int, FinishedEvent] = {}
         self._samples = samples
-        self._tokens: dict[int, list[int]] = {}
-        self._stopped: set[int] = set()
+        self._news: dict[int, _News] = {}
         self._told = 0
-        self._news = asyncio.Event()
+        self._arrived = asyncio.Event()
 
     def put(self, sample: int, event: Event) -> None:
         """Takes an event in."""
-        tokens = self._tokens.setdefault(sample, [])
+        news = self._news.setdefault(sample, _News())
         if isinstance(event, FinishedEvent):
-            self.ends[sample] = event
+            self.ends[sample] = news.end = event
         else:
-            tokens += event.token_ids
+            news.token_ids += event.token_ids
+            news.stopped |= event.stopped
             self.tokens += len(event.token_ids)
-            if event.stopped:
-                self._stopped.add(sample)
-        self._news.set()
+        self._arrived.set()
 
     async def __aiter__(self) -> AsyncIterator[Progress]:
         """What comes, until every answer has ended."""
         while self._told < self._samples:
-            await self._news.wait()
-            self._news.clear()
-            tokens, self._tokens = self._tokens, {}
-            for sample, ids in tokens.items():
-                end = self.ends.get(sample)  # nothing comes after an end
-                self._told += end is not None
+            await self._arrived.wait()
+            self._arrived.clear()
+            # While the reader is away more may come, of any answer: it is for the next round.
+            taken, self._news = self._news, {}
+            for sample, news in taken.items():
+                self._told += news.end is not None
                 yield Progress(
                     sample=sample,
-                    token_ids=tuple(ids),
-                    stopped=sample in self._stopped,
-                    end=end,
+                    token_ids=tuple(news.token_ids),
+                    stopped=news.stopped,
+                    end=news.end,
                 )
+
+
+@dataclass(kw_only=True, slots=True)
+class _News:
+    """What has come of one answer since its reader last took it."""
+
+    token_ids: list[int] = field(default_factory=list)
+    stopped: bool = False
+    end: FinishedEvent | None = None
 
 
 class Bridge:

@@ -40,9 +40,8 @@ def warm_up(executor: JaxExecutor, on_progress: OnProgress | None = None) -> Non
     started = time.monotonic()
     tell = on_progress or (lambda done, total, what: None)
     firsts, others = _work(executor)
-    total = (
-        sum(map(len, firsts.values())) + sum(map(len, others.values())) + len(firsts) + len(others)
-    )
+    work = firsts | others
+    total = sum(len(specs) + 1 for specs in work.values())  # each group runs a step
     done = 0
     bound: Counter[Group] = Counter()
     # Nothing is unbound to bind what may never be needed.
@@ -53,9 +52,8 @@ def warm_up(executor: JaxExecutor, on_progress: OnProgress | None = None) -> Non
         executor.programs.get(spec, group)
         bound[group] += 1
         done += 1
-    ready = [group for group, specs in (firsts | others).items() if bound[group] == len(specs)]
-    unready = len(firsts) + len(others) - len(ready)
-    if unready:
+    ready = [group for group, specs in work.items() if bound[group] == len(specs)]
+    if unready := len(work) - len(ready):
         _log.warning(
             "warm-up: %d groups have no room for their programs (sysctl vm.max_map_count is %d); "
             "they are bound when first needed",

@@ -38,6 +38,7 @@ _DRAIN_S = 0.5
 _MOST_GROWTH = 0.05
 _LEAST_TO_GROW = 1_000
 """Of fewer requests a tenth is too few for a server's memory to have settled."""
+_LOOKS, _LOOK_S = 10, 0.2
 
 
 @dataclass(kw_only=True)
@@ -130,27 +131,26 @@ async def _drive(
     served: list[Served] = []
     kinds: Counter[str] = Counter()
     chance = random.Random(seed)
-    first = None
-    async with Target(server.grpc, server.http, _CONTEXT) as target:
-        draining = asyncio.create_task(_drain_now_and_then(server.grpc, instances, chance, report))
-        for part in (requests // 10, requests - requests // 10):
+    sizes = []
+    for part in (requests // 10, requests - requests // 10):
+        async with Target(server.grpc, server.http, _CONTEXT) as target:
+            draining = asyncio.create_task(
+                _drain_now_and_then(server.grpc, instances, chance, report)
+            )
             await _send(target, part, chance, report, served, kinds)
-            if first is None:
-                await server.wait_until_idle(_IDLE_S)
-                first = _size(server.pid)
-        draining.cancel()
-        with suppress(asyncio.CancelledError):
-            await draining
+            draining.cancel()
+            with suppress(asyncio.CancelledError):
+                await draining
         is_idle = await server.wait_until_idle(_IDLE_S)
-        last = _size(server.pid)
+        sizes.append(await _size_at_rest(server.pid))
     if not is_idle:
         report.problems.append("the server was still busy at the end")
     report.leaked_slots = int(server.metric("loongjax:instance_kv_used_slots"))
     report.failed_steps = int(server.metric("loongjax:failed_steps_total"))
     report.by_kind = dict(sorted(kinds.items()))
-    if first is not None:
-        report.rss_growth = round(last.rss / first.rss - 1, 4)
-        report.fd_growth, report.thread_growth = last.fds - first.fds, last.threads - first.threads
+    first, last = sizes
+    report.rss_growth = round(last.rss / first.rss - 1, 4)
+    report.fd_growth, report.thread_growth = last.fds - first.fds, last.threads - first.threads
     return report, served
 
 
@@ -246,6 +246,15 @@ def _judge(report: ChaosReport, served: Sequence[Served]) -> None:
                     report.problems.append(f"wrong: {answer.prompt} -> {answer.tokens}")
             case "tie":
                 report.ties += 1
+
+
+async def _size_at_rest(pid: int) -> _Size:
+    """Without the connections of clients that are gone, which a server takes a moment to close."""
+    sizes = []
+    for _ in range(_LOOKS):
+        sizes.append(_size(pid))
+        await asyncio.sleep(_LOOK_S)
+    return min(sizes, key=lambda size: size.fds)
 
 
 def _size(pid: int) -> _Size:
