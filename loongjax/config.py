@@ -1,7 +1,8 @@
 """How an engine is set up: the cluster, the KV pool, and limits. Imports no jax.
 
-Every value is checked when the object is made, so that nobody else needs to. What cannot be
-known without the model or the devices is checked where they are (`loongjax.api.build`).
+Numbers are checked when the object is made, so that nobody else needs to. What cannot be known
+without the model, the devices, the policies or a file is checked where they are
+(`loongjax.api.build`).
 """
 
 from __future__ import annotations

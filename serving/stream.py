@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import threading
 from collections.abc import AsyncIterator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from loongjax.engine import Event, FinishedEvent, TokensEvent
@@ -52,40 +52,45 @@ class AnswerStream:
         self.tokens = 0
         self.ends: dict[int, FinishedEvent] = {}
         self._samples = samples
-        self._arrived: dict[int, list[TokensEvent]] = {}
-        self._stopped: set[int] = set()
+        self._news: dict[int, _News] = {}
         self._told = 0
-        self._news = asyncio.Event()
+        self._arrived = asyncio.Event()
 
     def put(self, sample: int, event: Event) -> None:
         """Takes an event in."""
-        arrived = self._arrived.setdefault(sample, [])
+        news = self._news.setdefault(sample, _News())
         if isinstance(event, FinishedEvent):
-            self.ends[sample] = event
+            self.ends[sample] = news.end = event
         else:
-            arrived.append(event)
+            news.tokens.append(event)
             self.tokens += len(event.token_ids)
-            if event.stopped:
-                self._stopped.add(sample)
-        self._news.set()
+        self._arrived.set()
 
     async def __aiter__(self) -> AsyncIterator[Progress]:
         """What comes, until every answer has ended."""
         while self._told < self._samples:
-            await self._news.wait()
-            self._news.clear()
-            arrived, self._arrived = self._arrived, {}
-            for sample, events in arrived.items():
-                end = self.ends.get(sample)  # nothing comes after an end
-                self._told += end is not None
+            await self._arrived.wait()
+            self._arrived.clear()
+            # While the reader is away more may come, of any answer: it is for the next round.
+            taken, self._news = self._news, {}
+            for sample, news in taken.items():
+                self._told += news.end is not None
                 yield Progress(
                     sample=sample,
-                    token_ids=_joined(event.token_ids for event in events),
-                    stopped=sample in self._stopped,
-                    logprobs=_joined(event.logprobs for event in events),
-                    prompt_logprobs=_joined(event.prompt_logprobs for event in events),
-                    end=end,
+                    token_ids=_joined(event.token_ids for event in news.tokens),
+                    stopped=any(event.stopped for event in news.tokens),
+                    logprobs=_joined(event.logprobs for event in news.tokens),
+                    prompt_logprobs=_joined(event.prompt_logprobs for event in news.tokens),
+                    end=news.end,
                 )
+
+
+@dataclass(kw_only=True, slots=True)
+class _News:
+    """What has come of one answer since its reader last took it."""
+
+    tokens: list[TokensEvent] = field(default_factory=list)
+    end: FinishedEvent | None = None
 
 
 def _joined(parts: Iterable[tuple[_T, ...]]) -> tuple[_T, ...]:

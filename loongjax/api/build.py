@@ -115,6 +115,7 @@ def plan_engine(model: str, config: EngineConfig) -> tuple[ModelConfig, Executor
 
     Raises as `build_engine`.
     """
+    make_policy(config)
     resolved = resolve(model)
     _check_max_model_len(config, resolved.config)
     from loongjax.cluster.emulation import prepare_devices

@@ -53,7 +53,7 @@ class ServedModel:
         """Loads a model and starts to serve it; may take minutes the first time.
 
         Args:
-          model: `demo`, a folder, a `.gguf` file, or an id on the Hugging Face hub.
+          model: `demo`, `random:NAME`, a folder, a `.gguf` file, or an id on the Hugging Face hub.
           instances: Elastic instances; each holds all weights and a share of the KV pool.
           tensor_parallel: Devices per instance.
           degrees: How many instances may work together; None: any number with a group (on

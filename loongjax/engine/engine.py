@@ -212,7 +212,9 @@ class Engine:
         )
 
     def steps(self) -> tuple[StepRecord, ...]:
-        """The latest steps, in the order in which they ended (`kept_steps` of them)."""
+        """The latest steps, in the order in which they ended: `kept_steps` of them, or fewer where
+        they name very many requests.
+        """
         return self._history.steps()
 
     def steps_since(self, seen: int) -> tuple[tuple[StepRecord, ...], int]:

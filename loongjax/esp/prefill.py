@@ -57,6 +57,10 @@ class RingAttention:
         dtype = jnp.float32 if self.widens else q_TxHxD.dtype
         q_HxTxD = q_TxHxD.transpose(1, 0, 2).astype(dtype)
         kv_TxXxD = jnp.concatenate([k_TxGxD, v_TxGxD], axis=1)  # K and V in one hop
+        if self.degree > 1:
+            # Else the first fold could begin before what the first hop sends is put together,
+            # and that hop would have no fold beside it.
+            q_HxTxD, kv_TxXxD = lax.optimization_barrier((q_HxTxD, kv_TxXxD))
         carry = empty_carry((heads, tokens), head_dim)
         pool = state
         for hop in range(self.degree):

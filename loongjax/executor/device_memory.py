@@ -129,16 +129,6 @@ class DeviceMemory:
             table = self._blanks[device, rows] = jax.device_put(zeros, device)
         return table
 
-    def pool_pointers(self) -> dict[int, tuple[int, int]]:
-        """Addresses of K and V by device id; steps must not change them."""
-        pools = dict(self._pools)
-        for pool in self._together.values():
-            pools |= _by_device(pool)
-        return {
-            device.id: (pool.k.unsafe_buffer_pointer(), pool.v.unsafe_buffer_pointer())
-            for device, pool in pools.items()
-        }
-
     def release(self) -> None:
         """Drops every reference to device memory."""
         self._pools.clear()

@@ -214,6 +214,7 @@ class DecodeFrame:
 
     Attributes:
       rows: Those of the steps that it serves.
+      requests: Theirs; their tokens are kept as long as the frame is.
       spec: Their program.
       noted: Those of the rows that have a sampling table. A step lacks what was generated since
         the tables were gathered.
@@ -234,6 +235,7 @@ class DecodeFrame:
         self.rows = step.rows
         layout, rank_of = spec.layout, {inst: rank for rank, inst in enumerate(step.group)}
         self._names = [row.request for row in step.rows]
+        self.requests = frozenset(self._names)
         self._logs = [logs[name] for name in self._names]
         filled = [0] * spec.degree
         places = []

@@ -105,7 +105,7 @@ class JaxExecutor:
         self._tables = [self._new_table() for _ in grid]
         self._logs: dict[RequestId, TokenLog] = {}
         self._outputs: dict[Group, _Output] = {}  # of each group's last decode step
-        self._frames: dict[Group, DecodeFrame] = {}
+        self._frames: dict[Group, DecodeFrame] = {}  # likewise, of open requests only
         self._zeros: dict[tuple[Group, int], jax.Array] = {}
         self._row_tables: dict[Group, jax.Array] = {}  # of each group's frame, if it has any
         self._groups: dict[int, Group] = {}  # of steps in flight
@@ -196,11 +196,14 @@ class JaxExecutor:
         """Forgets all of a request."""
         self.drop_kv(request)
         self._logs.pop(request, None)
+        for group in [g for g, frame in self._frames.items() if request in frame.requests]:
+            del self._frames[group]  # else it keeps the request's tokens
 
     def close(self) -> None:
         """Waits for what runs, and gives device memory back."""
         self._waiters.close()
         self._outputs.clear()
+        self._frames.clear()
         self._zeros.clear()
         self._row_tables.clear()
         self.programs.clear()
@@ -382,6 +385,7 @@ class JaxExecutor:
             self._doomed.update(seq for seq, other in self._groups.items() if other == group)
             self._broken.difference_update(group)
             self._outputs.pop(group, None)
+            self._frames.pop(group, None)
             self.memory.rebuild(group)
             for instance in group:
                 self._tables[instance] = self._new_table()

@@ -46,6 +46,7 @@ class ProgramShapes:
       block_size: Tokens per block.
       table_entries: Rows of each instance's block table.
       attention_backend: Which kernels programs are made of.
+      chip: Whose tiles they use (`pallas_kernels.tuning`); empty: those that fit everywhere.
     """
 
     config: ModelConfig
@@ -58,6 +59,7 @@ class ProgramShapes:
     block_size: int
     table_entries: int
     attention_backend: Backend = "xla"
+    chip: str = ""
 
     @property
     def logits(self) -> int:
@@ -155,7 +157,7 @@ def pool_argument(spec: ProgramSpec) -> int:
 def _body(spec: ProgramSpec, shapes: ProgramShapes) -> Callable[..., tuple[KVPool, jax.Array]]:
     """What one rank runs, on its own shards."""
     layout, degree = spec.layout, spec.degree
-    kernels = kernels_of(shapes.attention_backend)
+    kernels = kernels_of(shapes.attention_backend, shapes.chip)
     common: dict[str, Any] = {
         "decoder": Decoder(shapes.config, shapes.tp, shapes.products),
         "degree": degree,

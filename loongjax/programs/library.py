@@ -81,12 +81,14 @@ class ProgramLibrary:
     def _make_room(self) -> None:
         while self._bound and not mappings.has_room():
             (spec, group), _ = self._bound.popitem(last=False)
-            _log.log(
-                logging.DEBUG if self._counts.unbound else logging.WARNING,  # once is enough
-                "unbinding %s from group %s: this process has %d memory mappings of %d (sysctl "
-                "vm.max_map_count); raise that, or serve with fewer degrees or instances",
-                *(spec.name, group, mappings.count_mappings(), mappings.most_mappings()),
-            )
+            if self._counts.unbound:  # one warning is enough; to count mappings takes long
+                _log.debug("unbinding %s from group %s", spec.name, group)
+            else:
+                _log.warning(
+                    "unbinding %s from group %s: this process has %d memory mappings of %d (sysctl "
+                    "vm.max_map_count); raise that, or serve with fewer degrees or instances",
+                    *(spec.name, group, mappings.count_mappings(), mappings.most_mappings()),
+                )
             self._count(unbound=1)
 
     def _make(self, spec: ProgramSpec, group: Group) -> jax.stages.Compiled:

@@ -60,10 +60,16 @@ class InferenceServicer(pb_grpc.InferenceServicer):
     async def GenerateBatch(self, request: pb.GenerateBatchRequest, context: Context) -> None:
         name = request_name("", context)
         batch = _Batch(self._service, context)
+        left = iter(enumerate(request.requests))
+
+        async def work() -> None:
+            for place, each in left:
+                await batch.answer(place, each, each.request_id or f"{name}/{place}")
+
+        # No more tasks than can have a turn at once, however many requests a message holds.
         async with asyncio.TaskGroup() as tasks:
-            for place, each in enumerate(request.requests):
-                own = each.request_id or f"{name}/{place}"
-                tasks.create_task(batch.answer(place, each, name=own, client=client()))
+            for _ in range(min(len(request.requests), self._service.limits.max_requests)):
+                tasks.create_task(work())
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         prompt, tokenizer = _prompt(request.prompt), need_tokenizer(self._service.built.tokenizer)
@@ -92,25 +98,23 @@ class _Batch:
     def __init__(self, service: Service, context: Context) -> None:
         self._service = service
         self._context = context
-        self._places = asyncio.Semaphore(service.limits.max_requests)
+        self._client = client()
         self._lock = asyncio.Lock()
 
-    async def answer(
-        self, place: int, request: pb.GenerateRequest, *, name: str, client: str
-    ) -> None:
+    async def answer(self, place: int, request: pb.GenerateRequest, name: str) -> None:
         """Answers one of them; what is wrong with it stands in its result."""
         try:
-            async with self._places:
-                call = to_call(
-                    request,
-                    name=name,
-                    client=client,
-                    priority=request.priority or request_priority(self._context),
-                    time_left_s=self._context.time_remaining(),
-                )
-                await self._answer_in_the_end(place, call)
+            call = to_call(
+                request,
+                name=name,
+                client=self._client,
+                priority=request.priority or request_priority(self._context),
+                time_left_s=self._context.time_remaining(),
+            )
+            await self._answer_in_the_end(place, call)
         except LoongJaxError as error:
-            reason = f"{status_of(error).grpc.name}: {error}"
+            status = status_of(error)
+            reason = f"{status.grpc.name}: {status.message}"
             finish = pb.Finish(reason=pb.FINISH_REASON_ERROR, error=reason)
             await self._send(pb.GenerateBatchResponse(request=place, finish=finish))
 
@@ -162,13 +166,14 @@ def to_call(
         client=client,
         protocol="grpc",
         prompt=_prompt(request.prompt),
-        params=_params(request.sampling),
+        params=to_params(request.sampling),
         priority=priority,
         time_left_s=time_left_s,
     )
 
 
-def _params(sampling: pb.SamplingParams) -> SamplingParams:
+def to_params(sampling: pb.SamplingParams) -> SamplingParams:
+    """The parameters that a message describes; raises as `to_call`."""
     given = {field: getattr(sampling, field) for field in _OPTIONAL if sampling.HasField(field)}
     return SamplingParams(
         **given,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 
 import openai
 import pytest
 
 from serving.stubs import inference_pb2_grpc
+from tests.serving.documents import section
 from tests.serving.server import PATIENCE_S
 from tests.serving.test_inference import generate, ids_of, request
 
@@ -264,3 +266,6 @@ def test_metrics_have_vllms_names_and_ours(running, client):
         assert f"{name}{{{model}}}" in lines, name
     assert float(lines[f'loongjax:steps_total{{degree="1",kind="decode",{model}}}']) > 0
     assert float(lines[f'loongjax:host_seconds_total{{{model},phase="planning"}}']) > 0
+    documented = section("serve")
+    for name in re.findall(r"^# TYPE \w+:(\w+)", data.decode(), re.M):
+        assert name.endswith("_created") or name in documented, name
