@@ -14,7 +14,15 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from loongjax.api import LLM, RequestOutput, StepRun, StreamChunk
+    from loongjax.api import (
+        LLM,
+        AsyncLLM,
+        CompletionOutput,
+        PendingRequest,
+        RequestOutput,
+        StepRun,
+        StreamChunk,
+    )
     from loongjax.errors import (
         BackendStartedError,
         CapacityError,
@@ -28,12 +36,14 @@ if TYPE_CHECKING:
         StepError,
         UserError,
     )
+    from loongjax.plan import TokenLogprobs
     from loongjax.sampling.params import SamplingParams
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "BackendStartedError",
     "BenchError",
     "CapacityError",
@@ -43,6 +53,7 @@ __all__ = [
     "IntegrityError",
     "LoongJaxError",
     "ModelError",
+    "PendingRequest",
     "PlanError",
     "RequestError",
     "RequestOutput",
@@ -50,17 +61,21 @@ __all__ = [
     "StepError",
     "StepRun",
     "StreamChunk",
+    "TokenLogprobs",
     "UserError",
     "__version__",
 ]
 
 _HOMES = {
     "LLM": "loongjax.api",
+    "AsyncLLM": "loongjax.api",
+    "PendingRequest": "loongjax.api",
     "CompletionOutput": "loongjax.api",
     "RequestOutput": "loongjax.api",
     "StepRun": "loongjax.api",
     "StreamChunk": "loongjax.api",
     "SamplingParams": "loongjax.sampling.params",
+    "TokenLogprobs": "loongjax.plan",
 }
 
 

@@ -1,15 +1,19 @@
 """How an engine is set up: the cluster, the KV pool, and limits. Imports no jax.
 
-Every value is checked when the object is made, so that nobody else needs to. What cannot be
-known without the model or the devices is checked where they are (`loongjax.api.build`).
+Numbers are checked when the object is made, so that nobody else needs to. What cannot be known
+without the model, the devices, the policies or a file is checked where they are
+(`loongjax.api.build`).
 """
 
 from __future__ import annotations
 
+import difflib
+import inspect
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 from loongjax.errors import ConfigError
 from pallas_kernels.backend_names import BACKENDS, Backend
@@ -162,8 +166,21 @@ def engine_config(
     program_dir: str | Path | None = None,
     trust_library: str | Path | None = None,
     warm_up: bool = False,
+    config: str | Path | None = None,
 ) -> EngineConfig:
-    """The configuration for the arguments of `loongjax.LLM`, which the commands share."""
+    """The configuration for the arguments of `loongjax.LLM`, which the commands share.
+
+    `config` is a TOML file of the same arguments by name, such as `instances = 4`. What is given
+    here, other than by its default, goes before what stands there.
+
+    Raises:
+      ConfigError: A value is out of range; or the file cannot be read, or has a key that is none
+        of these or a value of another kind.
+    """
+    if config is not None:
+        given = {name: value for name, value in locals().items() if name != "config"}
+        told = {name: value for name, value in given.items() if value != _DEFAULTS[name]}
+        return engine_config(**(read_settings(config) | told))
     return EngineConfig(
         cluster=ClusterConfig(
             instances=instances,
@@ -181,6 +198,45 @@ def engine_config(
         trusted_program_dir=_path(trust_library),
         warm_up=warm_up,
     )
+
+
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(engine_config).parameters.items()
+    if name != "config"
+}
+
+
+def read_settings(file: str | Path) -> dict[str, Any]:
+    """The arguments of `engine_config` that a TOML file gives.
+
+    Raises:
+      ConfigError: As `engine_config`.
+    """
+    path = Path(file).expanduser()
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error}") from error
+    kinds = get_type_hints(engine_config)
+    for name, value in settings.items():
+        if name not in _DEFAULTS:
+            near = difflib.get_close_matches(name, _DEFAULTS, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"{path} has {name!r}, which is no setting; did you mean {near!r}?")
+        if not _is_a(value, kinds[name]):
+            raise ConfigError(f"{path}: {name} cannot be {value!r}; see loongjax.config")
+    return settings
+
+
+def _is_a(value: object, kind: Any) -> bool:
+    """Whether a value of a TOML file is of an argument's kind."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is Sequence:
+        return isinstance(value, list) and all(_is_a(each, *get_args(kind)) for each in value)
+    if get_args(kind):
+        return any(_is_a(value, each) for each in get_args(kind))
+    return type(value) is kind
 
 
 def _path(path: str | Path | None) -> Path | None:

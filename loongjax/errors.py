@@ -4,7 +4,7 @@
     ├── UserError                 the caller can mend it; commands exit 2
     │   ├── ConfigError           an engine, cluster or pool setting
     │   ├── RequestError          a prompt or a sampling parameter
-    │   ├── CapacityError         a request that can never fit the KV pool
+    │   │   └── CapacityError     a request that can never fit the KV pool
     │   ├── ModelError            a model folder, file, architecture or dtype
     │   └── BackendStartedError   jax started before loongjax could set it up
     ├── PlanError                 a policy produced a plan that breaks a rule
@@ -37,7 +37,7 @@ class RequestError(UserError):
 
 
 class CapacityError(RequestError):
-    """A request needs more KV slots than the whole pool has."""
+    """A request needs more KV slots than the largest group has."""
 
 
 class ModelError(UserError):

@@ -312,11 +312,36 @@ class Plan:
     ahead: frozenset[Group] = frozenset()
 
 
+class TokenLogprobs(NamedTuple):
+    """Log-probabilities at one position: of the token there, and of the most likely ones.
+
+    They are the model's own, before temperature or anything else.
+
+    Attributes:
+      token: The token, with its log-probability and its rank; 1 is the most likely.
+      top: The most likely tokens, as many as were asked for, with their log-probabilities.
+    """
+
+    token: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
 class SampledToken(NamedTuple):
-    """The token that a step produced for a request."""
+    """The token that a step produced for a request; `logprobs` if that asked for them."""
 
     request: RequestId
     token: int
+    logprobs: TokenLogprobs | None = None
+
+
+class PromptLogprobs(NamedTuple):
+    """Log-probabilities of a prompt's tokens from position `start` on, which a step computed."""
+
+    request: RequestId
+    start: int
+    tokens: tuple[TokenLogprobs, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -326,6 +351,7 @@ class StepResult:
     Attributes:
       seq: The step.
       tokens: One for each row, or for each chunk with `last`, in the step's order.
+      prompts: For chunks whose requests asked for them.
       error: Why it failed; the KV on its group's instances is lost then. None: it ran.
       started: When it was launched, or when the step ended that it was queued behind, if that
         was later [s, executor clock].
@@ -334,6 +360,7 @@ class StepResult:
 
     seq: int
     tokens: tuple[SampledToken, ...] = ()
+    prompts: tuple[PromptLogprobs, ...] = ()
     error: str | None = None
     started: float
     ended: float

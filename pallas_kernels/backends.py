@@ -14,9 +14,11 @@ from pallas_kernels import striped_attention as xla_striped
 from pallas_kernels.backend_names import Backend
 from pallas_kernels.causal_tiles import Tiles
 from pallas_kernels.partials import Partial
+from pallas_kernels.tuning import Tuning, tunings
 
 _log = logging.getLogger(__name__)
 _OF_PLATFORM: dict[str, Backend] = {"tpu": "pallas-tpu", "gpu": "pallas-triton"}
+_TUNED = ("pallas-tpu", "pallas-triton")
 _NEEDS_PLATFORM = {"pallas-tpu": "tpu", "pallas-triton": "gpu", "pallas-hopper": "gpu"}
 
 
@@ -67,8 +69,31 @@ def unsupported(
 
 
 @cache
-def kernels_of(backend: Backend) -> Kernels:
-    """The kernels of a backend. Imports them when they are first asked for."""
+def kernels_of(backend: Backend, chip: str = "") -> Kernels:
+    """The kernels of a backend, with a chip's tiles where there is a table of them
+    (`pallas_kernels.tuning`). Imports them when they are first asked for.
+    """
+    tuning = tunings().get(chip)
+    untuned = _untuned(backend)
+    return untuned if tuning is None or backend not in _TUNED else _tuned(untuned, tuning)
+
+
+def _tuned(kernels: Kernels, tuning: Tuning) -> Kernels:
+    """The kernels, their tiles from the table unless a call names others."""
+
+    def fold_tiles(tokens: int, head_dim: int, itemsize: int) -> Tiles:
+        own = kernels.fold_tiles(tokens, head_dim, itemsize)  # or its ValueError
+        return tuning.tiles(head_dim, itemsize, tokens) or own
+
+    def fold_stripe(carry: Any, q_HxTxD: Any, *rest: Any, **options: Any) -> Any:
+        _, tokens, head_dim = q_HxTxD.shape
+        tiles = fold_tiles(tokens, head_dim, q_HxTxD.dtype.itemsize)
+        return kernels.fold_stripe(carry, q_HxTxD, *rest, **{"tiles": tiles, **options})
+
+    return replace(kernels, fold_tiles=fold_tiles, fold_stripe=fold_stripe)
+
+
+def _untuned(backend: Backend) -> Kernels:
     if backend == "xla":
         return Kernels(
             backend=backend,

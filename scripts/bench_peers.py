@@ -11,22 +11,23 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 
 from loongjax.bench.engine import measure_cells
 from loongjax.bench.peers import PEERS, install
 from loongjax.cli.bench_engine import add_bench_options, effort_of
 from loongjax.cli.main import show_log
-from loongjax.errors import LoongJaxError
+from loongjax.errors import LoongJaxError, UserError
 
 
-def main() -> int:
-    """Returns the exit code."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 1 if it failed, 2 where the user can mend it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_bench_options(parser)
     parser.add_argument("--install-only", action="store_true", help="measure nothing")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     show_log()
     folder = options.peers.expanduser()
     try:
@@ -35,6 +36,9 @@ def main() -> int:
         if not options.install_only:
             cells = measure_cells(folder, effort_of(options))
             print(json.dumps({"cells": cells}), flush=True)
+    except UserError as error:
+        print(f"bench_peers: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     except LoongJaxError as error:
         print(f"bench_peers: {error}", file=sys.stderr)
         return 1

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from loongjax.aot.compilers import default_folder
 from loongjax.aot.kernel_cases import KernelCase, cases_of
-from loongjax.aot.kernels import CompiledKernel, backend_of, compile_kernels
+from loongjax.aot.kernels import CompiledKernel, compile_kernels, kernels_on
 from loongjax.aot.roofline import grid_work, least_work
 from loongjax.aot.targets import TARGETS, Target, target_of
 from loongjax.costmodel.hardware import load_hardware
@@ -56,7 +56,7 @@ def _line(target: Target, case: KernelCase, found: CompiledKernel) -> str:
     hardware = load_hardware(target.chip)
     least = least_work(case)
     least_s = least.seconds(hardware)
-    grid_s = grid_work(case, case.backend or backend_of(target)).seconds(hardware)
+    grid_s = grid_work(case, kernels_on(target, case)).seconds(hardware)
     estimated = "" if found.estimated_s is None else f"{1e6 * found.estimated_s:.1f}"
     return (
         f"{target.name:10} {case.name:58} {least.flops / 1e6:9.1f} {least.bytes / 1e6:7.2f} "

@@ -27,6 +27,7 @@ from pallas_kernels.backends import Kernels, default_backend, kernels_of
 from pallas_kernels.paged_attention import RowTables, chunk_entries
 from pallas_kernels.partials import empty_carry, finish
 from pallas_kernels.reference import attention
+from pallas_kernels.tuning import chip_of
 
 _HEADS, _KV_HEADS, _HEAD_DIM = 8, 2, 128
 _BLOCK, _BLOCKS = 16, 64
@@ -78,7 +79,8 @@ def _passes(name: str, check: Callable[[Options], str], options: Options) -> boo
 
 
 def _kernels() -> Kernels:
-    return kernels_of(default_backend(jax.default_backend()))
+    chip = chip_of(jax.devices()[0].device_kind)
+    return kernels_of(default_backend(jax.default_backend()), chip)
 
 
 def _random(seed: int, *shape: int, dtype: str) -> jax.Array:

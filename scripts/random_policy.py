@@ -1,16 +1,18 @@
-"""A policy that decides by chance: any group, home, master, chunk and move that the rules allow.
+"""A policy that plans anything that the rules allow: the worst scheduler that may exist.
 
-For soaks. It knows no good and bad, so what it does in minutes covers what a policy with aims
-would do in months: scale-ups and scale-downs, changes of group, moves, preemption, and groups
-that go on or do not. When chance leaves everything idle, `FirstCome` decides, which gets on from
-wherever it is.
+It proposes random steps and keeps those that `validate` lets pass. So whatever the rules
+allow is to be right on the devices, however silly it is. It knows no good and bad, so what it
+does in minutes covers what a policy with aims would do in months.
 """
 
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
+from loongjax.errors import PlanError
 from loongjax.plan import (
     Chunk,
     DecodeRow,
@@ -27,151 +29,151 @@ from loongjax.plan import (
     Snapshot,
     Step,
 )
+from loongjax.scheduler import validate
 from loongjax.scheduler.policies.first_come import FirstCome
-from loongjax.scheduler.validate import blocks_for
 
-MAX_CHUNK = 48
-MAX_ROWS = 4  # for each rank: few programs, none of them large
+T = TypeVar("T")
 
 
+@dataclass(kw_only=True)
 class RandomPolicy:
-    """See the module. The same seed and snapshot give the same plan."""
+    """Plans at random; where chance finds nothing to run, and after `patience` plans, it asks
+    `FirstCome`, so that everybody ends.
 
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-        self._fallback = FirstCome(tokens_per_rank=MAX_CHUNK, headroom=0)
+    Attributes:
+      seed: The same seed gives the same plans for the same snapshots.
+      preempts: How probable it is that a plan preempts somebody.
+      patience: Plans that are made at random; None: all.
+    """
+
+    seed: int
+    preempts: float = 0.03
+    patience: int | None = None
+    _plans: int = field(default=0, init=False)
+    _sane: FirstCome = field(default_factory=FirstCome)
+
+    def __post_init__(self) -> None:
+        self._chance = random.Random(self.seed)
 
     def schedule(self, now: float, snapshot: Snapshot) -> Plan:
-        """See `loongjax.scheduler.policy.Policy`."""
-        plan = _Draw(snapshot, random.Random(f"{self._seed}-{snapshot.version}")).plan()
-        if not plan.steps and all(view.busy_seq is None for view in snapshot.instances):
-            return self._fallback.schedule(now, snapshot)
+        """See `Policy`."""
+        self._plans += 1
+        if self.patience is not None and self._plans > self.patience:
+            return self._sanely(now, snapshot)
+        plan = Plan()
+        if self._chance.random() < self.preempts:
+            plan = self._with_preemption(plan, snapshot)
+        for _ in range(self._chance.randint(1, 8)):
+            plan = self._with_step(plan, snapshot)
+        idle = all(view.busy_seq is None for view in snapshot.instances)
+        if idle and not plan.steps and not plan.preempt:
+            return self._sanely(now, snapshot)
+        return replace(plan, ahead=self._groups_to_go_on(plan, snapshot))
+
+    def _sanely(self, now: float, snapshot: Snapshot) -> Plan:
+        """As `FirstCome` does it. But it does not know what to do with one who has wasted all
+        memory on partly filled blocks, as it would not.
+        """
+        plan = self._sane.schedule(now, snapshot)
+        idle = all(view.busy_seq is None for view in snapshot.instances)
+        if idle and not plan.steps and not plan.preempt:
+            return Plan(preempt=tuple(view.id for view in _open(snapshot) if view.kv))
         return plan
 
-
-class _Draw:
-    """One plan, step by step, with what is left of instances, blocks and requests."""
-
-    def __init__(self, snapshot: Snapshot, chance: random.Random) -> None:
-        self._snapshot = snapshot
-        self._chance = chance
-        self._idle = {view.id for view in snapshot.instances if view.busy_seq is None}
-        size = snapshot.block_size
-        self._free = {view.id: view.free_slots // size for view in snapshot.instances}
-        views = (*snapshot.waiting, *snapshot.running)
-        self._ready = [view for view in views if view.id not in snapshot.in_flight]
-        self._steps: list[Step] = []
-
-    def plan(self) -> Plan:
-        """A few steps on disjoint groups; rarely a preemption instead."""
-        chance = self._chance
-        holders = [view for view in self._ready if view.kv]
-        if holders and chance.random() < 0.01:
-            return Plan(preempt=(chance.choice(holders).id,))
-        chance.shuffle(self._ready)
-        for view in list(self._ready):
-            if view not in self._ready or not view.homes <= self._idle:
-                continue
-            if len(view.kv) and chance.random() < 0.1:
-                self._migrate(view)
-            elif view.uncomputed > 1 or not view.kv:
-                self._prefill(view)
-            else:
-                self._decode(view)
-        return Plan(steps=tuple(self._steps), ahead=self._groups_to_go_on())
-
-    def _group(self, homes: frozenset[InstanceId]) -> Group | None:
-        """Any group of idle instances with these."""
-        topology = self._snapshot.topology
-        found = [
-            group
-            for degree in topology.degrees
-            for group in topology.groups(degree)
-            if homes.issubset(group) and self._idle.issuperset(group)
-        ]
-        return self._chance.choice(found) if found else None
-
-    def _launch(self, step: Step, *views: RequestView) -> None:
-        self._steps.append(step)
-        self._idle.difference_update(step.group)
-        self._ready = [view for view in self._ready if view not in views]
-
-    @property
-    def _seq(self) -> int:
-        return self._snapshot.next_seq + len(self._steps)
-
-    def _prefill(self, view: RequestView) -> None:
-        """A chunk of any length, kept in any parts on any of its group's instances."""
-        group, chance = self._group(view.homes), self._chance
-        if group is None or not self._may_begin(view):
-            return
-        length = chance.randint(1, min(view.uncomputed, MAX_CHUNK))
-        if chance.random() < 0.5:
-            length = min(view.uncomputed, MAX_CHUNK)
-        homes = chance.sample(group, chance.randint(1, len(group)))
-        cuts = sorted(chance.randint(0, length) for _ in homes[1:])
-        sizes = [b - a for a, b in zip([0, *cuts], [*cuts, length], strict=True)]
-        shares = tuple(Share(i, n) for i, n in zip(homes, sizes, strict=True) if n)
-        wanted = {i: blocks_for(n, self._snapshot.block_size) for i, n in shares}
-        if any(blocks > self._free[i] for i, blocks in wanted.items()):
-            return
-        end = view.computed + length
-        chunk = Chunk(request=view.id, start=view.computed, length=length, last=end == view.length)
-        keep = Placement(request=view.id, shares=shares)
-        step = PrefillStep(seq=self._seq, group=group, chunks=(chunk,), keep=(keep,))
-        self._launch(step, view)
-
-    def _may_begin(self, view: RequestView) -> bool:
-        """New ones wait while the pool could not hold what is begun, and them, to the end."""
-        snapshot = self._snapshot
-        begun = [other for other in (*snapshot.waiting, *snapshot.running) if other.kv]
-        peaks = sum(other.peak for other in (*begun, view))
-        return bool(view.kv) or peaks < 0.7 * sum(i.slots for i in snapshot.instances)
-
-    def _decode(self, view: RequestView) -> None:
-        """Some of those that fit a group, with any masters and homes."""
-        group, chance = self._group(view.homes), self._chance
-        if group is None:
-            return
-        masters: Counter[InstanceId] = Counter()
-        taken: Counter[InstanceId] = Counter()
-        rows, views = [], []
-        for other in [view, *self._ready]:
-            if other in views or not other.kv or other.uncomputed > 1:
-                continue
-            if not other.homes.issubset(group) or (views and chance.random() < 0.2):
-                continue
-            master, home = chance.choice(group), chance.choice(group)
-            if other.tail is not None and chance.random() < 0.8:
-                home = other.tail.instance
-            if masters[master] == MAX_ROWS or taken[home] == self._free[home]:
-                continue
-            masters[master] += 1
-            taken[home] += 1  # a block at most
-            rows.append(DecodeRow(other.id, master, home))
-            views.append(other)
-        if rows:
-            self._launch(DecodeStep(seq=self._seq, group=group, rows=tuple(rows)), *views)
-
-    def _migrate(self, view: RequestView) -> None:
-        """Some of a share, to anywhere."""
-        chance = self._chance
-        source, held = chance.choice(view.kv)
-        others = sorted(self._idle - {source})
-        if not others:
-            return
-        target, tokens = chance.choice(others), chance.randint(1, held)
-        group = self._group(frozenset((source, target)))
-        if group is not None and tokens <= self._free[target]:
-            move = Move(view.id, source, target, tokens)
-            self._launch(MigrateStep(seq=self._seq, group=group, moves=(move,)), view)
-
-    def _groups_to_go_on(self) -> frozenset[Group]:
-        """Most groups of this plan, and most that are busy."""
-        groups: dict[int, list[InstanceId]] = {}
-        for view in self._snapshot.instances:
+    def _groups_to_go_on(self, plan: Plan, snapshot: Snapshot) -> frozenset[Group]:
+        """Half of the groups that work."""
+        busy: dict[int, list[InstanceId]] = {}
+        for view in snapshot.instances:
             if view.busy_seq is not None:
-                groups.setdefault(view.busy_seq, []).append(view.id)
-        found = [tuple(group) for group in groups.values()]
-        found += [step.group for step in self._steps if isinstance(step, DecodeStep)]
-        return frozenset(group for group in found if self._chance.random() < 0.7)
+                busy.setdefault(view.busy_seq, []).append(view.id)
+        groups = [*map(tuple, busy.values()), *(step.group for step in plan.steps)]
+        return frozenset(group for group in groups if self._chance.random() < 0.5)
+
+    def _with_preemption(self, plan: Plan, snapshot: Snapshot) -> Plan:
+        holders = [v.id for v in _open(snapshot) if v.kv and v.id not in snapshot.in_flight]
+        return replace(plan, preempt=tuple(self._some(holders, 1)))
+
+    def _with_step(self, plan: Plan, snapshot: Snapshot) -> Plan:
+        """The plan and one step more, if the one that chance proposes is allowed."""
+        propose = self._chance.choice((self._prefill, self._prefill, self._decode, self._migrate))
+        step = propose(snapshot, snapshot.next_seq + len(plan.steps), plan)
+        if step is None:
+            return plan
+        more = replace(plan, steps=(*plan.steps, step))
+        try:
+            validate(snapshot, more)
+        except PlanError:
+            return plan
+        return more
+
+    def _prefill(self, snapshot: Snapshot, seq: int, plan: Plan) -> Step | None:
+        views = self._company(snapshot.waiting, snapshot)
+        group = self._group(snapshot, plan, views)
+        if group is None:
+            return None
+        chunks, keep = [], []
+        for view in views:
+            length = view.uncomputed
+            if self._chance.random() < 0.5:
+                length = self._chance.randint(1, length)
+            last = length == view.uncomputed
+            chunks.append(Chunk(request=view.id, start=view.computed, length=length, last=last))
+            keep.append(Placement(request=view.id, shares=self._shares(group, length)))
+        return PrefillStep(seq=seq, group=group, chunks=tuple(chunks), keep=tuple(keep))
+
+    def _decode(self, snapshot: Snapshot, seq: int, plan: Plan) -> Step | None:
+        views = self._company(snapshot.running, snapshot)
+        group = self._group(snapshot, plan, views)
+        if group is None:
+            return None
+        choose = self._chance.choice
+        rows = tuple(DecodeRow(view.id, choose(group), choose(group)) for view in views)
+        return DecodeStep(seq=seq, group=group, rows=rows)
+
+    def _migrate(self, snapshot: Snapshot, seq: int, plan: Plan) -> Step | None:
+        moves = []
+        for view in self._company([v for v in _open(snapshot) if v.kv], snapshot):
+            source, tokens = self._chance.choice(view.kv)
+            target = self._chance.choice([v.id for v in snapshot.instances])
+            if source != target:
+                some = self._chance.choice((tokens, self._chance.randint(1, tokens)))
+                moves.append(Move(view.id, source, target, some))
+        touched = {i for move in moves for i in (move.source, move.target)}
+        group = self._around(snapshot, plan, touched)
+        return MigrateStep(seq=seq, group=group, moves=tuple(moves)) if moves and group else None
+
+    def _company(self, views: Sequence[RequestView], snapshot: Snapshot) -> list[RequestView]:
+        return self._some([v for v in views if v.id not in snapshot.in_flight], 3)
+
+    def _group(self, snapshot: Snapshot, plan: Plan, views: list[RequestView]) -> Group | None:
+        homes = set[InstanceId]().union(*(view.homes for view in views))
+        return self._around(snapshot, plan, homes) if views else None
+
+    def _around(self, snapshot: Snapshot, plan: Plan, needed: set[InstanceId]) -> Group | None:
+        """Any group of idle instances that holds `needed`."""
+        used = {instance for step in plan.steps for instance in step.group}
+        idle = {view.id for view in snapshot.instances if view.busy_seq is None} - used
+        if not needed <= idle:
+            return None
+        more = self._some(sorted(idle - needed), len(idle))
+        if self._chance.random() < 0.5:
+            more = []
+        return tuple(sorted(needed.union(more))) or tuple(self._some(sorted(idle), 1)) or None
+
+    def _shares(self, group: Group, tokens: int) -> tuple[Share, ...]:
+        """Any part of the group, in any proportion and order."""
+        order = self._some(list(group), len(group))
+        cuts = sorted(self._chance.randint(0, tokens) for _ in order[1:])
+        edges = [0, *cuts, tokens]
+        pairs = zip(order, edges, edges[1:], strict=False)
+        return tuple(Share(i, b - a) for i, a, b in pairs if b > a)
+
+    def _some(self, things: list[T], most: int) -> list[T]:
+        """One to `most` of them, in any order; none of none."""
+        if not things:
+            return []
+        return self._chance.sample(things, self._chance.randint(1, min(most, len(things))))
+
+
+def _open(snapshot: Snapshot) -> list[RequestView]:
+    return [*snapshot.running, *snapshot.waiting]

@@ -11,7 +11,10 @@ books of the pool do not add up. `--engines 2` lets two engines share the device
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import logging
+import os
 import random
 import sys
 import tempfile
@@ -19,7 +22,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 if __package__ is None:  # run as a file
@@ -32,12 +35,13 @@ from loongjax.engine import (
     FinishedEvent,
     GenerationRequest,
     RequestHandle,
-    StepRecord,
     TokensEvent,
 )
+from loongjax.errors import ConfigError, LoongJaxError, StepError, UserError
 from loongjax.sampling.params import SamplingParams
 from loongjax.timeline import Timeline
 from scripts.random_policy import RandomPolicy
+from scripts.soak_report import Report, look_back
 
 MODEL = "random:tiny"
 PROMPTS = 24
@@ -49,47 +53,7 @@ PICTURE_S = 0.5
 HANG_S = 120.0
 """A request that says nothing for so long makes it a hang."""
 
-
-@dataclass(kw_only=True)
-class Report:
-    """What a soak saw.
-
-    Attributes:
-      seconds: How long requests were sent.
-      requests: Ended requests by reason.
-      differing: Answers that differ from those of a single instance.
-      hung: Requests without an end.
-      slots_left: KV slots in use at the end.
-      steps: By kind and degree, as `kind-degree`, warm-up included; failed ones as `failed`.
-      groups: Different groups that ran something.
-      changes: Times that an instance ran a step on another group than the one before.
-      side_by_side: Steps that ran while a step of another group did.
-      scale_ups, scale_downs: Times that a request's next step had a higher or lower degree.
-      moved_tokens: By migrations.
-      preemptions: As the engine counts them.
-      integrity: What is wrong with the pool's books, or None.
-    """
-
-    seconds: float = 0.0
-    requests: dict[str, int] = field(default_factory=dict)
-    differing: int = 0
-    hung: int = 0
-    slots_left: int = 0
-    steps: dict[str, int] = field(default_factory=dict)
-    groups: int = 0
-    changes: int = 0
-    side_by_side: int = 0
-    scale_ups: int = 0
-    scale_downs: int = 0
-    moved_tokens: int = 0
-    preemptions: int = 0
-    integrity: str | None = None
-
-    @property
-    def passed(self) -> bool:
-        """Whether nothing went wrong."""
-        wrong = self.differing + self.hung + self.slots_left + self.steps.get("failed", 0)
-        return not wrong and self.integrity is None
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +74,19 @@ def soak(
     hang_s: float = HANG_S,
     picture: Path | None = None,
 ) -> Report:
-    """Runs it; `program_dir` as in `EngineConfig`. `picture` gets the end of it, drawn."""
+    """Runs it; `program_dir` as in `EngineConfig`. `picture` gets the end of it, drawn.
+
+    Where something hung, the engines are left as they are: to close them might hang too.
+
+    Raises ConfigError for numbers below one, or a picture without matplotlib.
+    """
+    if min(seconds, instances, engines) <= 0:
+        raise ConfigError(
+            f"seconds, instances and engines must be positive, not {seconds:g}, {instances} and "
+            f"{engines}"
+        )
+    if picture is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError(f"{picture} cannot be drawn: install matplotlib, or leave it out")
     config = EngineConfig(
         cluster=ClusterConfig(instances=instances, degrees=tuple(range(1, instances + 1))),
         pool=PoolConfig(block_size=4, slots=512),
@@ -120,23 +96,49 @@ def soak(
     )
     questions = _questions(config, seed)
     built = [
-        build_engine(MODEL, config, RandomPolicy(seed + i)).engine for i in range(max(1, engines))
+        build_engine(MODEL, config, RandomPolicy(seed=seed + i)).engine for i in range(engines)
     ]
+    for engine in built:
+        _warm_up(engine, questions, seed, hang_s)
+    report = _drive_all(built, questions, seconds, seed, hang_s)
+    for engine in built:
+        _wait_until_empty(engine, hang_s if not report.hung else 0.0)
+        look_back(engine, report)
+    if picture is not None:
+        everything = Timeline.of_engine(built[0])
+        everything.between(everything.bounds[1] - PICTURE_S).plot(picture)
+    if not report.hung:
+        for engine in built:
+            _close(engine, report)
+    return report
+
+
+def _drive_all(
+    engines: Sequence[Engine],
+    questions: Sequence[Question],
+    seconds: float,
+    seed: int,
+    hang_s: float,
+) -> Report:
+    """Drives all engines at once; counts how requests ended."""
     report = Report()
     totals: Counter[str] = Counter()
     lock = threading.Lock()
 
     def drive(engine: Engine, own_seed: int) -> None:
-        counts = _drive(engine, questions, seconds, own_seed, hang_s)
+        counts: Counter[str] = Counter()
+        try:
+            _drive(engine, questions, seconds, own_seed, hang_s, counts)
+        except Exception as error:
+            _log.exception("a client of an engine failed")
+            report.problems.append(f"{type(error).__name__}: {error}")
         with lock:
             totals.update(counts)
 
-    for engine in built:
-        _warm_up(engine, questions, seed, hang_s)
     started = time.monotonic()
     threads = [
         threading.Thread(target=drive, args=(engine, seed + i), daemon=True)
-        for i, engine in enumerate(built)
+        for i, engine in enumerate(engines)
     ]
     for thread in threads:
         thread.start()
@@ -146,19 +148,17 @@ def soak(
     report.hung = totals.pop("hung", 0) + sum(thread.is_alive() for thread in threads)
     report.differing = totals.pop("differing", 0)
     report.requests = dict(sorted(totals.items()))
-    for engine in built:
-        _wait_until_empty(engine, hang_s if not report.hung else 0.0)
-        _look_back(engine, report)
-        if picture is not None and engine is built[0]:
-            everything = Timeline.of_engine(engine)
-            everything.between(everything.bounds[1] - PICTURE_S).plot(picture)
-        if not report.hung:
-            engine.close()
-            try:
-                engine.check_integrity()
-            except Exception as error:
-                report.integrity = str(error)
     return report
+
+
+def _close(engine: Engine, report: Report) -> None:
+    if not engine.alive:
+        report.problems.append("an engine died")
+    try:
+        engine.close()
+        engine.check_integrity()
+    except Exception as error:
+        report.problems.append(f"{type(error).__name__}: {error}")
 
 
 def _questions(config: EngineConfig, seed: int) -> list[Question]:
@@ -177,8 +177,10 @@ def _questions(config: EngineConfig, seed: int) -> list[Question]:
     with build_engine(MODEL, alone).engine as engine:
         found = []
         for number, prompt in enumerate(prompts):
-            handle = _ask(engine, f"question-{number}", prompt, 40)
-            found.append(Question(prompt=prompt, answer=_listen(handle, HANG_S)[0]))
+            answer, reason = _listen(_ask(engine, f"question-{number}", prompt, 40), HANG_S)
+            if reason != "length":
+                raise StepError(f"a single instance has no answer to question {number}: {reason}")
+            found.append(Question(prompt=prompt, answer=answer))
     return found
 
 
@@ -202,11 +204,15 @@ def _listen(handle: RequestHandle, patience: float) -> tuple[tuple[int, ...], st
 
 
 def _drive(
-    engine: Engine, questions: Sequence[Question], seconds: float, seed: int, hang_s: float
-) -> Counter[str]:
+    engine: Engine,
+    questions: Sequence[Question],
+    seconds: float,
+    seed: int,
+    hang_s: float,
+    counts: Counter[str],
+) -> None:
     """Keeps requests open until the time is over; counts how they ended."""
     chance = random.Random(seed)
-    counts: Counter[str] = Counter()
     end = time.monotonic() + seconds
     asked: list[tuple[Question, int, RequestHandle]] = []
     number = 0
@@ -226,14 +232,15 @@ def _drive(
         counts["differing"] += said != wanted
         if reason == "hung":
             break
-    return counts
 
 
 def _warm_up(engine: Engine, questions: Sequence[Question], seed: int, hang_s: float) -> None:
     """Serves until nothing new had to be compiled for a while."""
     for round_ in range(100):
         before = engine.stats().programs.compiled
-        if _drive(engine, questions, 2.0, seed + round_, hang_s)["hung"]:
+        counts: Counter[str] = Counter()
+        _drive(engine, questions, 2.0, seed + round_, hang_s, counts)
+        if counts["hung"]:
             return
         if round_ and engine.stats().programs.compiled == before:
             return
@@ -244,45 +251,6 @@ def _wait_until_empty(engine: Engine, patience: float) -> None:
     end = time.monotonic() + patience
     while any(view.used for view in engine.stats().instances) and time.monotonic() < end:
         time.sleep(0.05)
-
-
-def _look_back(engine: Engine, report: Report) -> None:
-    """Adds what an engine's records tell."""
-    stats, records = engine.stats(), engine.steps()
-    report.slots_left += sum(instance.used for instance in stats.instances)
-    report.preemptions += stats.preemptions
-    steps = Counter(report.steps)
-    for count in stats.steps:
-        steps[f"{count.kind}-{count.degree}"] += count.count
-    if stats.failed_steps:
-        steps["failed"] += stats.failed_steps
-    report.steps = dict(sorted(steps.items()))
-    report.groups = max(report.groups, len({record.group for record in records}))
-    report.moved_tokens += sum(record.tokens for record in records if record.kind == "migrate")
-    by_start = sorted(records, key=lambda record: record.started)
-    report.side_by_side += _side_by_side(by_start)
-    on: dict[int, tuple[int, ...]] = {}
-    degree: dict[str, int] = {}
-    for record in by_start:
-        for instance in record.group:
-            report.changes += on.get(instance, record.group) != record.group
-            on[instance] = record.group
-        for name in record.requests if record.kind != "migrate" else ():
-            before = degree.get(name, record.degree)
-            report.scale_ups += record.degree > before
-            report.scale_downs += record.degree < before
-            degree[name] = record.degree
-
-
-def _side_by_side(by_start: Sequence[StepRecord]) -> int:
-    """Steps that began while a step of another group ran."""
-    running: list[StepRecord] = []
-    found = 0
-    for record in by_start:
-        running = [other for other in running if other.ended > record.started]
-        found += any(other.group != record.group for other in running)
-        running.append(record)
-    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -298,21 +266,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        report = soak(
-            seconds=options.seconds,
-            instances=options.instances,
-            seed=options.seed,
-            engines=options.engines,
-            program_dir=Path(folder) / "programs",
-            picture=options.picture,
-        )
+        try:
+            report = soak(
+                seconds=options.seconds,
+                instances=options.instances,
+                seed=options.seed,
+                engines=options.engines,
+                program_dir=Path(folder) / "programs",
+                picture=options.picture,
+            )
+        except LoongJaxError as error:
+            print(f"soak: {error}", file=sys.stderr)
+            return 2 if isinstance(error, UserError) else 1
+    _show(report, as_json=options.json)
+    if report.hung:  # an exit would wait for engines that do not end
+        os._exit(1)
+    return 0 if report.passed else 1
+
+
+def _show(report: Report, *, as_json: bool) -> None:
     found = {"passed": report.passed, **asdict(report)}
-    if options.json:
+    if as_json:
         print(json.dumps(found), flush=True)
     else:
         for name, value in found.items():
-            print(f"{name:>14}  {value}")
-    return 0 if report.passed else 1
+            print(f"{name:>14}  {value}", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@
 | `auth` | who a client is, and what it may use |
 | `gate` | limits, and turns that are fair between clients |
 | `service` | an engine for asyncio: opens, aborts and drains requests of any protocol |
+| `wishes` | what clients may say beside a request: its name, its priority |
 | `stream` | one request's answers on their way from the engine's thread to asyncio |
 | `text` | prompts to tokens and answers to text |
 | `steps` | the engine's steps as they end, for followers |

@@ -9,8 +9,8 @@
     ├── BusyError            a limit is reached that will have room again
     └── DrainingError        the server is about to end
 
-A client always gets the message, which names value, limit and way out. What is not in the table
-is a fault of ours.
+A client always gets the message, which names value, limit and way out, but no more of it than fits
+into a trailer: a value may be as long as a message. What is not in the table is a fault of ours.
 """
 
 from __future__ import annotations
@@ -75,6 +75,10 @@ class Status:
     retry_after_s: int | None = None
 
 
+# Characters of a message. A gRPC client takes trailers of 8 KiB, and each may be 12 bytes there.
+_MOST_TOLD = 600
+_GAP = " […] "
+
 # The first class that fits counts. A request that can never fit (CapacityError) is a UserError:
 # a retry would not help it, so it is not told as exhausted.
 _CODES: tuple[tuple[type[Exception], StatusCode, int], ...] = (
@@ -91,8 +95,16 @@ _CODES: tuple[tuple[type[Exception], StatusCode, int], ...] = (
 )
 
 
+def brief(text: str) -> str:
+    """The text, or its beginning and its end if it is long."""
+    if len(text) <= _MOST_TOLD:
+        return text
+    half = (_MOST_TOLD - len(_GAP)) // 2
+    return text[:half] + _GAP + text[-half:]
+
+
 def status_of(error: LoongJaxError) -> Status:
     """How an error is told to a client."""
     code, http = next((code, http) for kind, code, http in _CODES if isinstance(error, kind))
     retry_after_s = error.retry_after_s if isinstance(error, BusyError) else None
-    return Status(grpc=code, http=http, message=str(error), retry_after_s=retry_after_s)
+    return Status(grpc=code, http=http, message=brief(str(error)), retry_after_s=retry_after_s)

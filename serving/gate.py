@@ -6,7 +6,7 @@ clients have used so far: next is the client that used least, prompt and answer 
 was away is lifted to the least of those who wait, so that nobody saves up. Of one client's
 requests, the highest priority goes first, then the oldest.
 
-Belongs to one asyncio loop. Every operation costs O(clients that wait).
+Belongs to one asyncio loop. Every operation costs O(clients) at most.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+import math
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -37,7 +38,7 @@ class Ticket:
     Attributes:
       client: Whose it is.
       prompt_tokens: Length of its prompt.
-      answer_tokens: What the engine gave for it so far; to be kept by who has the ticket.
+      answer_tokens: What the engine gave for it; counts as used when its turn is over.
       turn: Done when its turn has come; None unless it waits.
     """
 
@@ -103,8 +104,7 @@ class Gate:
             self._of_client[client] -= 1
             if not self._of_client[client]:
                 del self._of_client[client]
-            if not self._lines:  # when nobody waits, what was used in the past decides nothing
-                self._used = {name: self._used.get(name, 0) for name in self._of_client}
+                self._forget()
 
     @asynccontextmanager
     async def turn(self, ticket: Ticket, priority: int = 0) -> AsyncIterator[None]:
@@ -174,6 +174,15 @@ class Gate:
 
     def _charge(self, client: str, tokens: int) -> None:
         self._used[client] = self._used.get(client, 0) + tokens
+
+    def _forget(self) -> None:
+        """Drops clients without requests, as soon as that makes no difference to `_greet`."""
+        least = min((self._used[name] for name in self._lines), default=math.inf)
+        self._used = {
+            name: used
+            for name, used in self._used.items()
+            if name in self._of_client or used > least
+        }
 
     def _greet(self, client: str) -> None:
         """A client without a request in line begins where the least of the others stands."""

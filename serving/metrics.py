@@ -7,7 +7,6 @@ when it ends; what steps did, as they end. Each server has a `Metrics` with a re
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -23,7 +22,7 @@ _SECONDS = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 1000,
 )  # fmt: skip
 _TOKENS = tuple(10**e * m for e in range(7) for m in (1, 2, 5))
-_MOST_FOLLOWED = 100_000
+_LEAST_FOLLOWED = 1_000
 
 
 class Metrics:
@@ -64,7 +63,9 @@ class Metrics:
             "loongjax:retained_tokens",
             "KV tokens of prefill steps that kept them on fewer instances than computed them.",
         )
-        self._degrees: OrderedDict[str, int] = OrderedDict()
+        self._service = service
+        self._degrees: dict[str, int] = {}
+        self._most_followed = _LEAST_FOLLOWED
         self.registry.register(_EngineCollector(service))
 
     def text(self) -> bytes:
@@ -105,16 +106,25 @@ class Metrics:
                 self._retained.inc(sum(s.tokens for s in record.kept))
             for request in record.requests:
                 self._follow(request, record.degree)
+        if len(self._degrees) > self._most_followed:
+            self._forget_ended()
 
     def _follow(self, request: str, degree: int) -> None:
-        before = self._degrees.pop(request, degree)
+        before = self._degrees.get(request, degree)
         self._degrees[request] = degree
-        if len(self._degrees) > _MOST_FOLLOWED:
-            self._degrees.popitem(last=False)
         if degree > before:
             self._scale_ups.inc()
         elif degree < before:
             self._scale_downs.inc()
+
+    def _forget_ended(self) -> None:
+        """Keeps what is open; done when that may be less than half, so it costs next to nothing.
+
+        Not when a request ends: a step that was queued for it may be told later.
+        """
+        names = self._service.engine_names()
+        self._degrees = {name: at for name, at in self._degrees.items() if name in names}
+        self._most_followed = 2 * len(self._degrees) + _LEAST_FOLLOWED
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float] = _SECONDS) -> Histogram:
         family = Histogram(name, text, list(self._labels), buckets=buckets, registry=self.registry)

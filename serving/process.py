@@ -1,8 +1,9 @@
 """A server's life, from a running engine to its exit.
 
 Ready is said once everything answers. The first SIGTERM or SIGINT drains: health turns
-NOT_SERVING, new requests are refused, open ones may end within the grace time. If the engine dies
-first, health turns NOT_SERVING, open requests end with its error, and `serve` raises.
+NOT_SERVING, new requests are refused, open ones may end within the grace time, which a second
+signal ends. If the engine dies first, health turns NOT_SERVING, open requests end with its error,
+and `serve` raises.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ from serving.steps import StepFeed
 _LOOK_S = 0.1
 """How often the engine is looked at; its open requests know of its death at once."""
 _LAST_WORDS_S = 2.0
-"""What the ends of requests may take to reach their clients."""
+"""What it may take until every request has been told its end."""
+_FAREWELL_S = 0.2
+"""What is left to other calls then; some never end by themselves, such as those that watch."""
 
 _log = logging.getLogger(__name__)
 
@@ -76,7 +79,7 @@ async def _serve(
     grpc = GrpcServer(service, Steering(built), feed, config, guard)
     http = _http(service, guard, metrics, config)
     following = asyncio.create_task(feed.run())
-    with _signals() as asked:
+    with _signals() as (asked, hurried):
         await grpc.start()
         if http is not None:
             await http.start()
@@ -84,11 +87,11 @@ async def _serve(
         await _until(asked, built.engine)
         await grpc.set_ready(False)
         if built.engine.alive:
-            _log.info("draining %d open requests", service.open_requests)
-            await service.drain(config.grace_s)
+            await _drain(service, config.grace_s, hurried)
             built.engine.close()
         died = not asked.is_set()
-        await asyncio.gather(*(each.stop(_LAST_WORDS_S) for each in (grpc, http) if each))
+        await service.wait_until_idle(_LAST_WORDS_S)
+        await asyncio.gather(*(each.stop(_FAREWELL_S) for each in (grpc, http) if each))
     following.cancel()
     if died:
         raise EngineClosedError("the engine died, and the server with it; the log says of what")
@@ -103,16 +106,31 @@ def _http(
     return HttpServer(make_app(service, guard, metrics), config, config.http_port)
 
 
+async def _drain(service: Service, grace_s: float, hurried: asyncio.Event) -> None:
+    """Lets open requests end, for as long as they may."""
+    _log.info("draining %d open requests", service.open_requests)
+    tasks = [asyncio.ensure_future(each) for each in (service.drain(grace_s), hurried.wait())]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
+    if service.open_requests:
+        _log.warning("%d requests are cut off", service.open_requests)
+
+
 @contextmanager
-def _signals() -> Iterator[asyncio.Event]:
-    """An event that is set when this process is asked to end."""
-    asked = asyncio.Event()
+def _signals() -> Iterator[tuple[asyncio.Event, asyncio.Event]]:
+    """Events that are set when this process is asked to end, and when it is asked again."""
+    asked, hurried = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     kinds = (signal.SIGTERM, signal.SIGINT)
+
+    def on_signal() -> None:
+        (hurried if asked.is_set() else asked).set()
+
     for kind in kinds:
-        loop.add_signal_handler(kind, asked.set)
+        loop.add_signal_handler(kind, on_signal)
     try:
-        yield asked
+        yield asked, hurried
     finally:
         for kind in kinds:
             loop.remove_signal_handler(kind)

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, TypeAlias
@@ -30,8 +29,6 @@ from serving.stream import AnswerStream, Bridge, Progress
 from serving.text import Prompt, encode
 
 Protocol: TypeAlias = Literal["vllm", "grpc", "http"]
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,12 +61,14 @@ class Answers:
     Attributes:
       stream: What comes of it.
       ticket: Its place at the gate; None before its prompt is known.
+      first_token: The first of its prompt.
       handles: Its ends in the engine, one for each answer; empty before the engine has it.
       is_unwanted: The client aborted it.
     """
 
     stream: AnswerStream
     ticket: Ticket | None = None
+    first_token: int = 0
     handles: tuple[RequestHandle, ...] = ()
     is_unwanted: bool = False
 
@@ -149,6 +148,11 @@ class Service:
         """Whether a new request would be taken."""
         return self.built.engine.alive and not self.is_draining
 
+    def engine_names(self) -> set[str]:
+        """What steps call the open requests, their answers, and what these share."""
+        handles = [handle for answers in self._open.values() for handle in answers.handles]
+        return {name for each in handles for name in (each.id, each.stem) if name is not None}
+
     @asynccontextmanager
     async def answer(self, call: Call) -> AsyncIterator[Answers]:
         """Opens a request for as long as the block runs; leaving it aborts what has not ended.
@@ -159,18 +163,20 @@ class Service:
           DrainingError, EngineClosedError: New requests are not taken.
         """
         async with AsyncExitStack() as stack:
+            deadline = self._deadline(call)
             answers = Answers(stream=AnswerStream(call.params.n))
             reported = stack.enter_context(self._reported(call, answers))
             stack.enter_context(self._named(call, answers))
             stack.enter_context(self.gate.place(call.client))
             token_ids = await self._encode(call.prompt)
             answers.ticket = Ticket(client=call.client, prompt_tokens=len(token_ids))
+            answers.first_token = token_ids[0] if token_ids else 0
             asked = time.monotonic()
             try:
                 await stack.enter_async_context(self.gate.turn(answers.ticket, call.priority))
                 reported.gate_s = time.monotonic() - asked
                 stack.callback(self._leave, answers)
-                self._submit(call, token_ids, answers)
+                self._submit(call, token_ids, deadline, answers)
             except WithdrawnError:
                 self._end_unstarted(call, answers)
             yield answers
@@ -198,15 +204,15 @@ class Service:
             answers.is_unwanted = True
             answers.abort()
 
-    async def drain(self, grace_s: float) -> bool:
-        """Refuses new requests and waits until the open ones have ended; says if they have."""
+    async def drain(self, grace_s: float) -> None:
+        """Refuses new requests from now on; waits for open ones, at most that long [s]."""
         self.is_draining = True
-        try:
-            await asyncio.wait_for(self._idle.wait(), grace_s)
-        except TimeoutError:
-            _log.warning("%d requests are open after %g s", self.open_requests, grace_s)
-            return False
-        return True
+        await self.wait_until_idle(grace_s)
+
+    async def wait_until_idle(self, most_s: float) -> None:
+        """Waits until no request is open, but no longer than that [s]."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), most_s)
 
     @contextmanager
     def _named(self, call: Call, answers: Answers) -> Iterator[None]:
@@ -251,7 +257,12 @@ class Service:
             )
         return token_ids
 
-    def _submit(self, call: Call, token_ids: tuple[int, ...], answers: Answers) -> None:
+    def _deadline(self, call: Call) -> float | None:
+        return None if call.time_left_s is None else self.built.engine.now() + call.time_left_s
+
+    def _submit(
+        self, call: Call, token_ids: tuple[int, ...], deadline: float | None, answers: Answers
+    ) -> None:
         engine = self.built.engine
         request = GenerationRequest(
             # No two are alike, though a client may choose names like the engine's for samples.
@@ -259,7 +270,7 @@ class Service:
             token_ids=token_ids,
             params=call.params,
             priority=call.priority,
-            deadline=None if call.time_left_s is None else engine.now() + call.time_left_s,
+            deadline=deadline,
         )
         send = partial(self._bridge.send, answers.stream)
         if call.params.n > 1:

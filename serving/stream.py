@@ -8,11 +8,16 @@ request's tokens.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass, field
+from typing import TypeVar
 
-from loongjax.engine import Event, FinishedEvent
+from loongjax.engine import Event, FinishedEvent, TokensEvent
+from loongjax.plan import TokenLogprobs
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,18 +28,16 @@ class Progress:
       sample: Which of the request's answers, from 0.
       token_ids: New tokens; the one that ended the answer is among them.
       stopped: The last of them ended the answer, and is no part of its text.
+      logprobs, prompt_logprobs: As `TokensEvent` has them.
       end: How it ended; None: it goes on.
     """
 
     sample: int
     token_ids: tuple[int, ...]
     stopped: bool
+    logprobs: tuple[TokenLogprobs, ...]
+    prompt_logprobs: tuple[TokenLogprobs, ...]
     end: FinishedEvent | None
-
-    @property
-    def text_ids(self) -> tuple[int, ...]:
-        """The tokens that belong to the text."""
-        return self.token_ids[:-1] if self.stopped else self.token_ids
 
 
 class AnswerStream:
@@ -49,38 +52,49 @@ class AnswerStream:
         self.tokens = 0
         self.ends: dict[int, FinishedEvent] = {}
         self._samples = samples
-        self._tokens: dict[int, list[int]] = {}
-        self._stopped: set[int] = set()
+        self._news: dict[int, _News] = {}
         self._told = 0
-        self._news = asyncio.Event()
+        self._arrived = asyncio.Event()
 
     def put(self, sample: int, event: Event) -> None:
         """Takes an event in."""
-        tokens = self._tokens.setdefault(sample, [])
+        news = self._news.setdefault(sample, _News())
         if isinstance(event, FinishedEvent):
-            self.ends[sample] = event
+            self.ends[sample] = news.end = event
         else:
-            tokens += event.token_ids
+            news.tokens.append(event)
             self.tokens += len(event.token_ids)
-            if event.stopped:
-                self._stopped.add(sample)
-        self._news.set()
+        self._arrived.set()
 
     async def __aiter__(self) -> AsyncIterator[Progress]:
         """What comes, until every answer has ended."""
         while self._told < self._samples:
-            await self._news.wait()
-            self._news.clear()
-            tokens, self._tokens = self._tokens, {}
-            for sample, ids in tokens.items():
-                end = self.ends.get(sample)  # nothing comes after an end
-                self._told += end is not None
+            await self._arrived.wait()
+            self._arrived.clear()
+            # While the reader is away more may come, of any answer: it is for the next round.
+            taken, self._news = self._news, {}
+            for sample, news in taken.items():
+                self._told += news.end is not None
                 yield Progress(
                     sample=sample,
-                    token_ids=tuple(ids),
-                    stopped=sample in self._stopped,
-                    end=end,
+                    token_ids=_joined(event.token_ids for event in news.tokens),
+                    stopped=any(event.stopped for event in news.tokens),
+                    logprobs=_joined(event.logprobs for event in news.tokens),
+                    prompt_logprobs=_joined(event.prompt_logprobs for event in news.tokens),
+                    end=news.end,
                 )
+
+
+@dataclass(kw_only=True, slots=True)
+class _News:
+    """What has come of one answer since its reader last took it."""
+
+    tokens: list[TokensEvent] = field(default_factory=list)
+    end: FinishedEvent | None = None
+
+
+def _joined(parts: Iterable[tuple[_T, ...]]) -> tuple[_T, ...]:
+    return tuple(itertools.chain.from_iterable(parts))
 
 
 class Bridge:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from loongjax.api.prompts import as_token_ids, encode_prompt, need_tokenizer
-from loongjax.text import IncrementalDetokenizer, Tokenizer
+from loongjax.sampling.params import SamplingParams
+from loongjax.text import AnswerText, Tokenizer
 from serving.stream import Progress
 
 _QUICK_CHARACTERS = 2_000
@@ -45,17 +46,12 @@ async def encode(prompt: Prompt, tokenizer: Tokenizer | None) -> tuple[int, ...]
 class AnswerTexts:
     """The texts of one request's answers, as they become final."""
 
-    def __init__(self, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, params: SamplingParams) -> None:
         """Without a tokenizer all texts are empty."""
-        self._tokenizer = tokenizer
-        self._texts: dict[int, IncrementalDetokenizer] = {}
+        self._texts = [AnswerText(tokenizer, params) for _ in range(params.n)]
 
     def push(self, piece: Progress) -> str:
         """What is final now of the answer that the piece belongs to."""
-        if self._tokenizer is None:
-            return ""
-        text = self._texts.get(piece.sample)
-        if text is None:
-            text = self._texts[piece.sample] = IncrementalDetokenizer(self._tokenizer)
-        said = text.push(piece.text_ids)
+        text = self._texts[piece.sample]
+        said = text.push(piece.token_ids, stopped=piece.stopped)
         return said if piece.end is None else said + text.flush()

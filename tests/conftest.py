@@ -48,3 +48,11 @@ def forgotten_programs():
     if mappings.count_mappings() > 10_000:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture
+def room(monkeypatch):
+    """Room for programs, whatever other modules' tests have mapped; tests of too little room take
+    it away again.
+    """
+    monkeypatch.setattr("loongjax.programs.mappings.has_room", lambda: True)

@@ -12,7 +12,8 @@ from jax.experimental.layout import Format
 
 from loongjax.kvcache.pool import POOL_LAYOUT
 from pallas_kernels.backend_names import Backend
-from pallas_kernels.backends import kernels_of
+from pallas_kernels.backends import Kernels
+from pallas_kernels.causal_tiles import Tiles
 from pallas_kernels.paged_attention import RowTables
 from pallas_kernels.partials import Carry
 
@@ -35,6 +36,7 @@ class KernelCase:
       block_size: Tokens per block (`paged_attention`).
       soft_cap: Of scores; None leaves them.
       backend: The kernels that it is about; None: those that run on the target by default.
+      tiles: Queries and keys of a tile (`striped_attention`); None: the chip's own.
     """
 
     kernel: Kernel
@@ -47,6 +49,7 @@ class KernelCase:
     block_size: int = 16
     soft_cap: float | None = None
     backend: Backend | None = None
+    tiles: tuple[int, int] | None = None
 
     @property
     def name(self) -> str:
@@ -92,17 +95,17 @@ def cases_of(chip: str) -> tuple[KernelCase, ...]:
 _Built = tuple[Callable[..., Any], tuple[int, ...], tuple[Any, ...]]
 
 
-def build(case: KernelCase, backend: Backend) -> _Built:
+def build(case: KernelCase, kernels: Kernels) -> _Built:
     """A function that calls the kernel, which of its arguments are donated, and their shapes."""
     builders = {"striped_attention": _striped, "paged_attention": _paged, "kv_write": _write}
-    return builders[case.kernel](case, backend)
+    return builders[case.kernel](case, kernels)
 
 
-def lower(case: KernelCase, backend: Backend, device: jax.Device) -> jax.stages.Lowered:
+def lower(case: KernelCase, kernels: Kernels, device: jax.Device) -> jax.stages.Lowered:
     """Traces and lowers one kernel for one device; what it writes in place is donated."""
-    run, donated, shapes = build(case, backend)
+    run, donated, shapes = build(case, kernels)
     sharding = jax.sharding.SingleDeviceSharding(device)
-    of_pool = sharding if backend == "xla" else Format(POOL_LAYOUT, sharding)
+    of_pool = sharding if kernels.backend == "xla" else Format(POOL_LAYOUT, sharding)
 
     def on_device(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         placed = of_pool if shape.shape == pool_shape(case) else sharding
@@ -117,14 +120,17 @@ def _int(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
-def _striped(case: KernelCase, backend: Backend) -> _Built:
+def _striped(case: KernelCase, kernels: Kernels) -> _Built:
+    tiles = {} if case.tiles is None else {"tiles": Tiles(*case.tiles)}
+
     def run(carry, q, k, v, first, shift, used):  # type: ignore[no-untyped-def]
-        return kernels_of(backend).fold_stripe(
+        return kernels.fold_stripe(
             *(carry, q, k, v, first),
             shift=shift,
             used=used,
             scale=case.head_dim**-0.5,
             soft_cap=case.soft_cap,
+            **tiles,
         )
 
     rows = (case.heads, case.tokens)
@@ -147,9 +153,9 @@ def _pool(case: KernelCase) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(pool_shape(case), case.dtype)
 
 
-def _paged(case: KernelCase, backend: Backend) -> _Built:
+def _paged(case: KernelCase, kernels: Kernels) -> _Built:
     def run(q, k, v, rows, layer):  # type: ignore[no-untyped-def]
-        return kernels_of(backend).paged_attention(
+        return kernels.paged_attention(
             *(q, k, v, rows),
             layer=layer,
             block_size=case.block_size,
@@ -163,9 +169,9 @@ def _paged(case: KernelCase, backend: Backend) -> _Built:
     return run, (), (q, _pool(case), _pool(case), rows, _int())
 
 
-def _write(case: KernelCase, backend: Backend) -> _Built:
+def _write(case: KernelCase, kernels: Kernels) -> _Built:
     def run(pool, rows, slots, layer):  # type: ignore[no-untyped-def]
-        return kernels_of(backend).kv_write(pool, rows, slots, layer=layer)
+        return kernels.kv_write(pool, rows, slots, layer=layer)
 
     rows = jax.ShapeDtypeStruct((case.tokens, case.kv_heads, case.head_dim), case.dtype)
     return run, (0,), (_pool(case), rows, _int(case.tokens), _int())

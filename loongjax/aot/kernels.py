@@ -20,6 +20,7 @@ from loongjax.aot.kernel_cases import CASES, KernelCase, lower, pool_shape
 from loongjax.aot.targets import Target, target_of
 from loongjax.errors import StepError
 from pallas_kernels.backend_names import Backend
+from pallas_kernels.backends import Kernels, kernels_of
 
 _LAST_WORDS = 10  # lines
 
@@ -45,9 +46,10 @@ class CompiledKernel:
     pool_copies: int
 
 
-def backend_of(target: Target) -> Backend:
-    """The kernels that run on a target."""
-    return "pallas-tpu" if target.compiler == "tpu" else "pallas-triton"
+def kernels_on(target: Target, case: KernelCase) -> Kernels:
+    """The kernels that a case is about on a target, with its chip's tiles."""
+    backend: Backend = "pallas-tpu" if target.compiler == "tpu" else "pallas-triton"
+    return kernels_of(case.backend or backend, target.chip)
 
 
 def compile_kernels(
@@ -81,7 +83,7 @@ def compile_kernels(
 def _compile(number: int, target: Target) -> CompiledKernel:
     started = time.monotonic()
     case = CASES[number]
-    lowered = lower(case, case.backend or backend_of(target), target.devices()[0])
+    lowered = lower(case, kernels_on(target, case), target.devices()[0])
     compiled = lowered.compile()
     seconds = time.monotonic() - started
     memory = compiled.memory_analysis()

@@ -59,7 +59,7 @@ def fold_flops(shapes: ProgramShapes, tokens: int) -> int:
     all tiles of its grid that any query sees, two products each.
     """
     c = shapes.config
-    kernels = kernels_of(shapes.attention_backend)
+    kernels = kernels_of(shapes.attention_backend, shapes.chip)
     tiles = kernels.fold_tiles(tokens, c.head_dim, shapes.dtype.itemsize)
     scores = causal_pairs(tokens, tiles) * tiles.queries * tiles.keys
     return 4 * scores * (c.heads // shapes.tp) * c.head_dim

@@ -21,6 +21,7 @@ from loongjax.executor.program_plan import (
 )
 from loongjax.models.config import ModelConfig
 from loongjax.models.random_weights import random_config
+from pallas_kernels.tuning import tunings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,8 +38,8 @@ class AotRequest:
       max_chunk_tokens: Prompt tokens that an instance computes in one step at most.
       pool_slots: KV slots of each instance. None: what memory leaves.
       max_model_len: Positions of a request at most. None: the model's own.
-      quick: Compile with little effort, for a look at memory, traffic and schedule: a quarter of
-        the time on TPU, and slower programs, which are not kept.
+      quick: Compile with little effort, for a look at memory and traffic: a quarter of the time on
+        TPU, and slower programs, whose hops are not hidden and which are not kept.
     """
 
     target: str
@@ -90,7 +91,8 @@ def plan_aot(request: AotRequest) -> AotPlan:
     hardware = load_hardware(target.chip)
     model = _model(request)
     config = _engine_config(request, target)
-    programs = plan_programs(model, config, hardware.platform)
+    chip = target.chip if target.chip in tunings() else ""  # as a server there finds it
+    programs = plan_programs(model, config, hardware.platform, chip)
     weight_bytes = device_weight_bytes(programs.shapes)
     available = int(hardware.hbm_bytes * target.memory_share)
     if weight_bytes >= available:

@@ -12,7 +12,7 @@ import jax
 
 from loongjax.aot.kernel_cases import KernelCase, build
 from loongjax.costmodel.hardware import HardwareDescription
-from pallas_kernels.backend_names import Backend
+from pallas_kernels.backends import Kernels, kernels_of
 
 _FLOAT32_BYTES = 4
 
@@ -35,7 +35,7 @@ def least_work(case: KernelCase) -> Work:
     striped_attention: one causal prompt fills the stripe. paged_attention: each of the table's
     keys is seen by the rows of one visit. kv_write: all tokens are kept.
     """
-    _, _, shapes = build(case, "xla")
+    _, _, shapes = build(case, kernels_of("xla"))
     size = jax.dtypes.canonicalize_dtype(case.dtype).itemsize
     rows = case.tokens * case.heads
     if case.kernel == "striped_attention":
@@ -52,9 +52,9 @@ def least_work(case: KernelCase) -> Work:
     return Work(flops=0, bytes=2 * case.tokens * case.kv_heads * case.head_dim * size)
 
 
-def grid_work(case: KernelCase, backend: Backend) -> Work:
+def grid_work(case: KernelCase, kernels: Kernels) -> Work:
     """What the kernel tells the compiler of itself, which is the work of its grid."""
-    run, _, shapes = build(case, backend)
+    run, _, shapes = build(case, kernels)
     jaxpr = jax.make_jaxpr(run)(*shapes)
     (call,) = [eqn for eqn in jaxpr.eqns if eqn.params.get("cost_estimate") is not None]
     estimate = call.params["cost_estimate"]

@@ -7,6 +7,7 @@ know how many devices to emulate before it starts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from loongjax.api.progress import progress_bar
@@ -23,7 +24,7 @@ from loongjax.plan import Topology
 from loongjax.scheduler.learning import Learning
 from loongjax.scheduler.policies import create_policy, needs_cost
 from loongjax.scheduler.policy import Policy
-from loongjax.text import Tokenizer, load_tokenizer
+from loongjax.text import AnswerText, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from loongjax.executor.create import ExecutorPlan
@@ -94,6 +95,7 @@ def build_engine(model: str, config: EngineConfig, policy: Policy | None = None)
             max_model_len=config.max_model_len
             or min(resolved.config.max_positions, group_slots + 1),
             host_time=executor.host_time,
+            watch=None if tokenizer is None else partial(AnswerText, tokenizer),
             kept_steps=config.kept_steps,
             eos_ids={*resolved.config.eos_ids, *(tokenizer.eos_ids if tokenizer else ())},
         )
@@ -113,6 +115,7 @@ def plan_engine(model: str, config: EngineConfig) -> tuple[ModelConfig, Executor
 
     Raises as `build_engine`.
     """
+    make_policy(config)
     resolved = resolve(model)
     _check_max_model_len(config, resolved.config)
     from loongjax.cluster.emulation import prepare_devices

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from loongjax.engine import FinishReason, StepKind, StepRecord, Timings
-from loongjax.plan import Group
+from loongjax.plan import Group, TokenLogprobs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,14 +31,17 @@ class CompletionOutput:
     Attributes:
       index: Which of the prompt's answers it is, from 0.
       token_ids: The answer, with the token that stopped it if there is one.
-      text: The answer without that token and without the model's special tokens; None if
-        the model has no tokenizer.
+      text: The answer without what stopped it (but see `include_stop_str_in_output`) and
+        without the model's special tokens; None if the model has no tokenizer.
       finish_reason: `length`, `stop`, `abort` or `error`.
       stop_token: The token that stopped it, or None.
+      stop_text: The text that stopped it, of `SamplingParams.stop`, or None.
+      logprobs: Log-probabilities at each token; None if `SamplingParams.logprobs` is.
       error: What went wrong, or None unless `finish_reason` is `error`.
       steps: Where and how it ran, in order. Steps that failed are left out.
       ttft_s: Seconds from submission to the first token, or None without one.
       decode_tokens_per_s: Tokens per second after the first, or None without any.
+      timings: When it came, ran and ended; None: it was refused.
     """
 
     index: int = 0
@@ -46,10 +49,23 @@ class CompletionOutput:
     text: str | None
     finish_reason: FinishReason
     stop_token: int | None = None
+    stop_text: str | None = None
+    logprobs: tuple[TokenLogprobs, ...] | None = field(default=None, repr=False)
     error: str | None = None
     steps: tuple[StepRun, ...] = ()
     ttft_s: float | None = None
     decode_tokens_per_s: float | None = None
+    timings: Timings | None = field(default=None, repr=False)
+
+    @property
+    def stop_reason(self) -> int | str | None:
+        """The text or the token that stopped it, or None."""
+        return self.stop_text if self.stop_text is not None else self.stop_token
+
+    @property
+    def cumulative_logprob(self) -> float | None:
+        """The log-probability of the whole answer; None if `logprobs` is."""
+        return None if self.logprobs is None else sum(each.logprob for each in self.logprobs)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,10 +75,13 @@ class RequestOutput:
     Attributes:
       prompt_token_ids: The prompt as the model saw it.
       outputs: All answers, by index. The first one's attributes are those of this object too.
+      prompt_logprobs: Log-probabilities at each token of the prompt, None at the first; None if
+        `SamplingParams.prompt_logprobs` is.
     """
 
     prompt_token_ids: tuple[int, ...] = field(repr=False)
     outputs: tuple[CompletionOutput, ...]
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = field(default=None, repr=False)
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -83,6 +102,21 @@ class RequestOutput:
     def stop_token(self) -> int | None:
         """The first answer's."""
         return self.outputs[0].stop_token
+
+    @property
+    def stop_text(self) -> str | None:
+        """The first answer's."""
+        return self.outputs[0].stop_text
+
+    @property
+    def stop_reason(self) -> int | str | None:
+        """The first answer's."""
+        return self.outputs[0].stop_reason
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprobs, ...] | None:
+        """The first answer's."""
+        return self.outputs[0].logprobs
 
     @property
     def error(self) -> str | None:
@@ -112,11 +146,13 @@ class StreamChunk:
     Attributes:
       text: What is new and final, often empty; None if the model has no tokenizer.
       token_ids: The new tokens; empty in the last chunk.
+      logprobs: Log-probabilities at each, if they were asked for; else empty.
       finish_reason: Set in the last chunk alone.
     """
 
     text: str | None
     token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
 
 

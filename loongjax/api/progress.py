@@ -11,12 +11,14 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 
 @contextmanager
-def progress_bar(title: str, unit: str = "program") -> Iterator[Callable[[int, int, str], None]]:
-    """Gives a function to call with what is done, of how much, and what comes next.
+def progress_bar(
+    title: str, unit: str = "program", *, shown: bool = True
+) -> Iterator[Callable[[int, int, str], None]]:
+    """Gives a function to call with what is done, of how much, and a remark.
 
-    Log lines that are written meanwhile stand above the bar.
+    Log lines that are written meanwhile stand above the bar. `shown` False: there is no bar.
     """
-    if not sys.stderr.isatty():
+    if not shown or not sys.stderr.isatty():
         yield lambda done, total, what: None
         return
     with logging_redirect_tqdm(), tqdm(desc=title, unit=unit, leave=False) as bar:

@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
-from typing import SupportsIndex, TypeAlias, cast
+from collections.abc import Iterable, Mapping, Sequence
+from typing import SupportsIndex, TypeAlias, TypeGuard, cast
 
 from loongjax.errors import RequestError
 from loongjax.sampling.params import SamplingParams
 from loongjax.text import Tokenizer
 
-Prompt: TypeAlias = str | Sequence[SupportsIndex]
-"""A text, or token ids; numpy's integers are as good as Python's."""
+Prompt: TypeAlias = str | Sequence[SupportsIndex] | Sequence[Mapping[str, str]]
+"""A text; token ids, of which numpy's integers are as good as Python's; or a chat: messages with
+`role` and `content`, oldest first."""
 
 
 def is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
     """Whether this is one prompt. An empty list is no prompt at all."""
-    return isinstance(prompts, str) or (len(prompts) > 0 and not hasattr(prompts[0], "__len__"))
+    if isinstance(prompts, str):
+        return True
+    return len(prompts) > 0 and (is_chat(prompts) or not hasattr(prompts[0], "__len__"))
+
+
+def is_chat(prompt: object) -> TypeGuard[Sequence[Mapping[str, str]]]:
+    """Whether a prompt is a chat."""
+    return isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
 
 
 def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None) -> tuple[int, ...]:
     """The token ids of a prompt.
 
     Raises:
-      RequestError: It is neither text nor integers, or text for a model without tokenizer.
+      RequestError: It is none of what `Prompt` says, or text for a model without tokenizer.
     """
     if isinstance(prompt, str):
         return tuple(need_tokenizer(tokenizer).encode(prompt, add_special=True))
+    if is_chat(prompt):
+        return tuple(need_tokenizer(tokenizer).encode_chat(prompt))
     return as_token_ids(prompt)
 
 

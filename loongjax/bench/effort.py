@@ -13,7 +13,7 @@ class Effort:
       repeats: Timings behind each median of speed.
       cpu_repeats: Timings behind each median of CPU time, which varies less.
       decode_tokens: That each request generates in a decode cell.
-      host_steps: Decode steps behind each median of host time.
+      host_steps: Decode steps behind each mean of host time.
       dtypes: Which are measured.
     """
 

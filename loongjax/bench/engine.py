@@ -1,6 +1,7 @@
 """`loongjax bench engine`: loongjax and its peers in turn, and the price of a degree.
 
-Owns the report. Everything measured runs in processes of its own, one job at a time.
+Owns the report. Engines run in processes of their own, one job at a time, and everything that
+is measured on the same cores.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from loongjax.bench.cells import (
     standard_cells,
 )
 from loongjax.bench.checkpoint import export_random
+from loongjax.bench.cores import first_cores
 from loongjax.bench.effort import Effort
 from loongjax.bench.floor import floor_rate, measure_machine
 from loongjax.bench.host import engine_without_device, measure_host_time
@@ -35,7 +37,8 @@ from loongjax.sampling.params import SamplingParams
 
 MODEL = "bench58m"
 OURS = "loongjax"
-_THREADS = 2
+_CORES = 2
+"""Of all engines and of the floor. Peers get as many threads."""
 _INSTANCES = 4
 _POOL_SLOTS = 16_384
 _MAX_REQUESTS = 32
@@ -60,6 +63,7 @@ def run_engine_bench(folder: Path, effort: Effort) -> dict[str, Any]:
     }
 
 
+@first_cores(_CORES)
 def measure_cells(folder: Path, effort: Effort) -> list[dict[str, Any]]:
     """Tokens per second of loongjax and of every peer; raises as `run_engine_bench`."""
     require_peers(folder)
@@ -73,6 +77,7 @@ def measure_cells(folder: Path, effort: Effort) -> list[dict[str, Any]]:
     return found
 
 
+@first_cores(_CORES)
 def measure_host(effort: Effort) -> dict[str, Any]:
     """Host time of a decode step of 8 rows [us], by phase, float32: see `loongjax.bench.host`.
 
@@ -112,6 +117,7 @@ def measure_host(effort: Effort) -> dict[str, Any]:
     }
 
 
+@first_cores(_CORES)
 def measure_degrees(effort: Effort) -> dict[str, dict[str, float]]:
     """CPU time of the same work at a higher degree over that at degree 1, float32.
 
@@ -146,7 +152,7 @@ def _cells_of_dtype(
     settings = {
         "model": str(checkpoint),
         "dtype": dtype,
-        "threads": _THREADS,
+        "threads": _CORES,
         "max_len": longest(cells),
         "max_requests": _MAX_REQUESTS,
     }

@@ -25,7 +25,7 @@ _REPEATS = 5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """What the machine was measured to do with two threads.
+    """What the machine was measured to do, with the cores that engines have.
 
     Attributes:
       bytes_per_s: Reading memory in sequence.

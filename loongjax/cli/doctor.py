@@ -11,11 +11,15 @@ import dataclasses
 import json
 import platform
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loongjax import __version__
 from loongjax.cli.options import add_engine_options, add_json_option, llm_arguments
 from loongjax.config import engine_config
+
+if TYPE_CHECKING:
+    from loongjax.executor.create import ExecutorPlan
+    from loongjax.models.config import ModelConfig
 
 _EPILOG = """\
 examples:
@@ -46,25 +50,122 @@ def run(options: argparse.Namespace) -> None:
 
 
 def examine(options: argparse.Namespace) -> dict[str, Any]:
-    """What `--json` prints."""
+    """What `--json` prints: a function for each part of it."""
     from loongjax.api.build import plan_engine
 
     model, plan = plan_engine(options.model, engine_config(**llm_arguments(options)))
+    catalogue = _catalogue(plan)
+    return {
+        "versions": _versions(plan),
+        "devices": _devices(plan),
+        "topology": _topology(plan),
+        "model": _model(model, plan),
+        "memory": _memory(plan, catalogue),
+        "buckets": _buckets(plan),
+        "programs": _programs(plan, catalogue),
+    }
+
+
+def _versions(plan: ExecutorPlan) -> dict[str, Any]:
     import jax
     import jaxlib
 
+    return {
+        "loongjax": __version__,
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "python": platform.python_version(),
+        "platform": plan.grid[0][0].client.platform_version,
+    }
+
+
+def _devices(plan: ExecutorPlan) -> dict[str, Any]:
+    import jax
+
+    first = plan.grid[0][0]
+    return {
+        "platform": first.platform,
+        "kind": first.device_kind,
+        "used": sum(len(row) for row in plan.grid),
+        "present": len(jax.devices()),
+    }
+
+
+def _topology(plan: ExecutorPlan) -> dict[str, Any]:
+    topology = plan.catalogue.topology
+    return {
+        "kind": type(topology).__name__,
+        "instances": len(plan.grid),
+        "tensor_parallel": plan.shapes.tp,
+        "groups": {str(degree): len(topology.groups(degree)) for degree in topology.degrees},
+    }
+
+
+def _model(model: ModelConfig, plan: ExecutorPlan) -> dict[str, Any]:
+    return {
+        "family": model.family,
+        "layers": model.layers,
+        "max_positions": model.max_positions,
+        "dtype": str(plan.shapes.dtype),
+        "attention_backend": plan.shapes.attention_backend,
+    }
+
+
+def _memory(plan: ExecutorPlan, catalogue: list[dict[str, Any]]) -> dict[str, Any]:
+    memory, room, block_size = plan.memory, plan.memory.room, plan.shapes.block_size
+    known = [program["temporary_bytes"] for program in catalogue if program["temporary_bytes"]]
+    measured = room.programs
+    usable = memory.slots // block_size * block_size
+    return {
+        "available_bytes": room.available_bytes,
+        "weight_bytes": room.weight_bytes,
+        "temporary_bytes": measured.temporary_bytes if measured else max(known, default=None),
+        "code_bytes": measured.code_bytes if measured else None,
+        "pool_bytes": memory.pool_bytes,
+        "slot_bytes": room.slot_bytes,
+        "slots": memory.slots,
+        "origin": memory.origin,
+        "tokens": {
+            "instance": usable,
+            "largest_group": usable * max(plan.catalogue.topology.degrees),
+            "all": usable * len(plan.grid),
+        },
+    }
+
+
+def _buckets(plan: ExecutorPlan) -> dict[str, Any]:
     from loongjax.programs.buckets import MIGRATE_TOKENS
+
+    return {
+        "prefill": list(plan.catalogue.chunk_buckets[:-1]),
+        "extend": [plan.catalogue.max_chunk_tokens],
+        "decode": list(plan.catalogue.row_buckets),
+        "migrate": [MIGRATE_TOKENS],
+    }
+
+
+def _programs(plan: ExecutorPlan, catalogue: list[dict[str, Any]]) -> dict[str, Any]:
+    trusted = plan.store.trusted
+    return {
+        "folder": str(plan.store.folder.path),
+        "trusted": None if trusted is None else str(trusted.path),
+        "count": len(catalogue),
+        "on_disk": sum(program["on_disk"] for program in catalogue),
+        "to_compile": sum(not program["on_disk"] for program in catalogue),
+        "rebound": not plan.catalogue.placed,
+        "catalogue": catalogue,
+    }
+
+
+def _catalogue(plan: ExecutorPlan) -> list[dict[str, Any]]:
+    """Every program that the engine would have, and what is known of those on disk."""
     from loongjax.programs.key import program_key
 
-    catalogue, memory, shapes = plan.catalogue, plan.memory, plan.shapes
-    topology, room = catalogue.topology, memory.room
-    devices = [device for row in plan.grid for device in row]
-    programs = []
-    for spec in catalogue.specs:
-        stored = plan.store.load(
-            program_key(spec, shapes, plan.grid[0][0]), spec.degree * shapes.tp
-        )
-        programs.append(
+    shapes, device = plan.shapes, plan.grid[0][0]
+    found = []
+    for spec in plan.catalogue.specs:
+        stored = plan.store.load(program_key(spec, shapes, device), spec.degree * shapes.tp)
+        found.append(
             {
                 "name": spec.name,
                 **dataclasses.asdict(spec),
@@ -73,120 +174,77 @@ def examine(options: argparse.Namespace) -> dict[str, Any]:
                 "temporary_bytes": None if stored is None else stored.temporary_bytes,
             }
         )
-    known = [program["temporary_bytes"] for program in programs if program["temporary_bytes"]]
-    measured = room.programs
-    usable = memory.slots // shapes.block_size * shapes.block_size
-    return {
-        "versions": {
-            "loongjax": __version__,
-            "jax": jax.__version__,
-            "jaxlib": jaxlib.__version__,
-            "python": platform.python_version(),
-            "platform": devices[0].client.platform_version,
-        },
-        "devices": {
-            "platform": devices[0].platform,
-            "kind": devices[0].device_kind,
-            "used": len(devices),
-            "present": len(jax.devices()),
-        },
-        "topology": {
-            "kind": type(topology).__name__,
-            "instances": len(plan.grid),
-            "tensor_parallel": shapes.tp,
-            "groups": {str(degree): len(topology.groups(degree)) for degree in topology.degrees},
-        },
-        "model": {
-            "family": model.family,
-            "layers": model.layers,
-            "max_positions": model.max_positions,
-            "dtype": str(shapes.dtype),
-            "attention_backend": shapes.attention_backend,
-        },
-        "memory": {
-            "available_bytes": room.available_bytes,
-            "weight_bytes": room.weight_bytes,
-            "temporary_bytes": measured.temporary_bytes if measured else max(known, default=None),
-            "code_bytes": measured.code_bytes if measured else None,
-            "pool_bytes": memory.pool_bytes,
-            "slot_bytes": room.slot_bytes,
-            "slots": memory.slots,
-            "origin": memory.origin,
-            "tokens": {
-                "instance": usable,
-                "largest_group": usable * max(topology.degrees),
-                "all": usable * len(plan.grid),
-            },
-        },
-        "buckets": {
-            "prefill": list(catalogue.chunk_buckets[:-1]),
-            "extend": [catalogue.max_chunk_tokens],
-            "decode": list(catalogue.row_buckets),
-            "migrate": [MIGRATE_TOKENS],
-        },
-        "programs": {
-            "folder": str(plan.store.folder.path),
-            "trusted": None if plan.store.trusted is None else str(plan.store.trusted.path),
-            "count": len(programs),
-            "on_disk": sum(program["on_disk"] for program in programs),
-            "to_compile": sum(not program["on_disk"] for program in programs),
-            "rebound": not catalogue.placed,
-            "catalogue": programs,
-        },
-    }
+    return found
 
 
 def describe(report: dict[str, Any]) -> str:
     """The report for people."""
-    versions, devices, topology = report["versions"], report["devices"], report["topology"]
-    model, memory, programs = report["model"], report["memory"], report["programs"]
-    tokens = memory["tokens"]
+    lines = _describe_versions(report["versions"])
+    lines += _describe_devices(report)
+    lines += _describe_memory(report["memory"], report["model"]["dtype"])
+    lines += _describe_programs(report["programs"], report["buckets"])
+    lines += _describe_missing(report["programs"]["catalogue"])
+    return "\n".join(lines)
+
+
+def _describe_versions(versions: dict[str, Any]) -> list[str]:
+    return _rows(
+        "versions",
+        ("loongjax", versions["loongjax"]),
+        ("jax, jaxlib", f"{versions['jax']}, {versions['jaxlib']}"),
+        ("python", versions["python"]),
+    )
+
+
+def _describe_devices(report: dict[str, Any]) -> list[str]:
+    devices, topology = report["devices"], report["topology"]
     groups = ", ".join(f"{count} of {degree}" for degree, count in topology["groups"].items())
-    lines = [
-        *_rows(
-            "versions",
-            ("loongjax", versions["loongjax"]),
-            ("jax, jaxlib", f"{versions['jax']}, {versions['jaxlib']}"),
-            ("python", versions["python"]),
-        ),
+    return [
         *_rows(
             "devices",
             ("platform", f"{devices['platform']} ({devices['kind']})"),
             ("used", f"{devices['used']} of {devices['present']}"),
-            ("kernels", model["attention_backend"]),
+            ("kernels", report["model"]["attention_backend"]),
         ),
         *_rows(
             "topology",
             ("instances", f"{topology['instances']} of {topology['tensor_parallel']} device(s)"),
             ("groups", f"{groups} ({topology['kind']})"),
         ),
-        *_rows(
-            "memory of a device",
-            ("free", _megabytes(memory["available_bytes"])),
-            ("weights", f"{_megabytes(memory['weight_bytes'])} ({model['dtype']})"),
-            ("temporaries", _megabytes(memory["temporary_bytes"])),
-            ("code", _megabytes(memory["code_bytes"])),
-            ("KV pool", f"{_megabytes(memory['pool_bytes'])}: {memory['slots']:,} slots"),
-            ("tokens", f"{tokens['instance']:,} an instance, {tokens['all']:,} in all"),
-        ),
-        *_rows(
-            "programs",
-            ("folder", programs["folder"]),
-            ("trusted library", programs["trusted"] or "none"),
-            ("on disk", f"{programs['on_disk']} of {programs['count']}"),
-            *((kind, ", ".join(map(str, sizes))) for kind, sizes in report["buckets"].items()),
-        ),
     ]
-    missing = Counter(
-        (program["kind"], program["degree"])
-        for program in programs["catalogue"]
-        if not program["on_disk"]
+
+
+def _describe_memory(memory: dict[str, Any], dtype: str) -> list[str]:
+    tokens = memory["tokens"]
+    return _rows(
+        "memory of a device",
+        ("free", _megabytes(memory["available_bytes"])),
+        ("weights", f"{_megabytes(memory['weight_bytes'])} ({dtype})"),
+        ("temporaries", _megabytes(memory["temporary_bytes"])),
+        ("code", _megabytes(memory["code_bytes"])),
+        ("KV pool", f"{_megabytes(memory['pool_bytes'])}: {memory['slots']:,} slots"),
+        ("tokens", f"{tokens['instance']:,} an instance, {tokens['all']:,} in all"),
     )
-    lines += _rows(
+
+
+def _describe_programs(programs: dict[str, Any], buckets: dict[str, Any]) -> list[str]:
+    return _rows(
+        "programs",
+        ("folder", programs["folder"]),
+        ("trusted library", programs["trusted"] or "none"),
+        ("on disk", f"{programs['on_disk']} of {programs['count']}"),
+        *((kind, ", ".join(map(str, sizes))) for kind, sizes in buckets.items()),
+    )
+
+
+def _describe_missing(catalogue: list[dict[str, Any]]) -> list[str]:
+    missing = Counter(
+        (program["kind"], program["degree"]) for program in catalogue if not program["on_disk"]
+    )
+    return _rows(
         "to be compiled",
         *((f"{kind}, degree {degree}", str(count)) for (kind, degree), count in missing.items()),
     )
-    return "\n".join(lines)
 
 
 def _rows(title: str, *rows: tuple[str, str]) -> list[str]:

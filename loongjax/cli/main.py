@@ -11,6 +11,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from loongjax import __version__
 from loongjax.cli import aot, bench, convert, doctor, generate, plan, profile, serve, simulate
@@ -30,9 +31,17 @@ examples:
 """
 
 
+class Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line, without the usage. Subcommands get parsers of the same class."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the command."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands; each puts its function into `run`."""
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = Parser(
         prog="loongjax",
         description=_DESCRIPTION,
         epilog=_EPILOG,

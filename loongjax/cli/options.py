@@ -8,14 +8,41 @@ from typing import Any
 from loongjax.errors import ConfigError
 from pallas_kernels.backend_names import BACKENDS
 
+# The keyword arguments of `loongjax.LLM` beside the model.
+_ARGUMENTS = frozenset({
+    "instances", "degrees", "tensor_parallel", "block_size", "pool_slots", "max_model_len",
+    "max_chunk_tokens", "policy", "cost_model", "dtype", "attention_backend", "program_dir",
+    "trust_library", "config",
+})  # fmt: skip
 
-def add_engine_options(parser: argparse.ArgumentParser, *, needs_model: bool = True) -> None:
-    """The options of `loongjax.LLM`."""
+
+def add_engine_options(
+    parser: argparse.ArgumentParser, *, planning: bool = True, needs_model: bool = True
+) -> None:
+    """The options of `loongjax.LLM`; without `planning`, those for an engine without a policy."""
     group = parser.add_argument_group("engine")
+    _add_model_option(group, needs_model)
+    _add_cluster_options(group)
+    _add_size_options(group)
+    if planning:
+        _add_planning_options(group)
+    _add_program_options(group)
+
+
+def _add_model_option(group: argparse._ArgumentGroup, is_needed: bool) -> None:
     group.add_argument(
         "--model",
-        required=needs_model,
+        required=is_needed,
         help="demo, random:NAME, a folder, a .gguf file, or an id on the Hugging Face hub",
+    )
+
+
+def _add_cluster_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--config",
+        metavar="FILE",
+        help="a TOML file of the options below, such as pool_slots = 8192; those given here go "
+        "before it",
     )
     group.add_argument(
         "--instances",
@@ -29,7 +56,8 @@ def add_engine_options(parser: argparse.ArgumentParser, *, needs_model: bool = T
         "--degrees",
         type=degree_list,
         metavar="D,D,…",
-        help="how many instances may work together, such as 1,2,4 (default: all that exist)",
+        help="how many instances may work together, such as 1,2,4 (default: all that exist; on "
+        "CPU the powers of two and --instances)",
     )
     group.add_argument(
         "--tensor-parallel",
@@ -38,6 +66,9 @@ def add_engine_options(parser: argparse.ArgumentParser, *, needs_model: bool = T
         metavar="N",
         help="devices of each instance (default 1)",
     )
+
+
+def _add_size_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--block-size", type=int, default=16, metavar="N", help="tokens per KV block (default 16)"
     )
@@ -60,6 +91,9 @@ def add_engine_options(parser: argparse.ArgumentParser, *, needs_model: bool = T
         metavar="N",
         help="prompt tokens that each instance computes in one step at most (default 2048)",
     )
+
+
+def _add_planning_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--policy",
         default="first_come",
@@ -72,6 +106,9 @@ def add_engine_options(parser: argparse.ArgumentParser, *, needs_model: bool = T
         metavar="FILE",
         help="times of steps on these devices, made by `loongjax profile`",
     )
+
+
+def _add_program_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
@@ -113,23 +150,9 @@ def degree_list(text: str) -> tuple[int, ...]:
 
 
 def llm_arguments(options: argparse.Namespace) -> dict[str, Any]:
-    """The keyword arguments of `loongjax.LLM` beside the model."""
+    """The keyword arguments of `loongjax.LLM` beside the model, as far as the command has them."""
     for name in ("pool_slots", "max_model_len", "max_chunk_tokens"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-    return {
-        "instances": options.instances,
-        "degrees": options.degrees,
-        "tensor_parallel": options.tensor_parallel,
-        "block_size": options.block_size,
-        "pool_slots": options.pool_slots,
-        "max_model_len": options.max_model_len,
-        "max_chunk_tokens": options.max_chunk_tokens,
-        "policy": options.policy,
-        "cost_model": options.cost_model,
-        "dtype": options.dtype,
-        "attention_backend": options.attention_backend,
-        "program_dir": options.program_dir,
-        "trust_library": options.trust_library,
-    }
+    return {name: value for name, value in vars(options).items() if name in _ARGUMENTS}

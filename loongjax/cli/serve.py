@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -122,12 +124,15 @@ def _add_limit_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Serves until it is asked to end."""
+    """Serves until it is asked to end, and ends the process."""
     run_server(options, lambda built: None)
 
 
 def run_server(options: argparse.Namespace, prepare: Callable[[BuiltEngine], object]) -> None:
-    """Serves until it is asked to end; `prepare` gets the engine before the first request."""
+    """Serves until it is asked to end, and ends the process.
+
+    Before the first request `prepare` gets the engine.
+    """
     began = time.monotonic()
     try:
         from serving.logs import set_up
@@ -159,6 +164,9 @@ def run_server(options: argparse.Namespace, prepare: Callable[[BuiltEngine], obj
             print(f"serving {where} after {startup_s} s", file=sys.stderr)
 
     serve(built, options.served_model_name or options.model, config, say_ready)
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(0)  # the interpreter would take a second and more to take jax's modules apart
 
 
 def serve_engine_config(options: argparse.Namespace) -> EngineConfig:

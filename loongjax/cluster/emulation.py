@@ -14,7 +14,7 @@ import os
 import jax
 from jax.extend import backend
 
-from loongjax.errors import BackendStartedError
+from loongjax.errors import BackendStartedError, ConfigError
 
 _DEVICES_TO_SHARE = 8
 # The CPU client sizes its thread pools by NPROC, else by the cores. With a thread for each core,
@@ -30,17 +30,25 @@ def prepare_devices(needed: int) -> None:
     Emulates 64 at most; does nothing to accelerators. A backend that runs with too few is
     started anew if no array lives on it; jitted functions then compile again.
 
-    Raises BackendStartedError if an array does; the message says what to run first.
+    Raises:
+      BackendStartedError: An array does; the message says what to run first.
+      ConfigError: NPROC is set, and is no whole number.
     """
     if needed == 1:
         return  # there always is one
     wanted = min(max(needed, _DEVICES_TO_SHARE), _POOL_THREADS)  # a thread for each device
     have = jax.config.jax_num_cpu_devices or 0
     threads = os.environ.get("NPROC")
-    enough = threads is not None and int(threads) >= _POOL_THREADS
+    enough = _pool_threads(threads) >= _POOL_THREADS
     if enough and have >= wanted:
         return
     if not enough:
+        if threads:
+            _log.warning(
+                "NPROC=%s is too few threads for emulated devices, whose programs could wait for "
+                "each other forever: this process takes %d",
+                *(threads, _POOL_THREADS),
+            )
         os.environ["NPROC"] = str(_POOL_THREADS)
     try:
         # A change raises if the backend runs; without NPROC, its pool would be small.
@@ -52,6 +60,17 @@ def prepare_devices(needed: int) -> None:
             os.environ.pop("NPROC")  # the next to ask must see that it was too late
             os.environ.update({} if threads is None else {"NPROC": threads})
             raise
+
+
+def _pool_threads(nproc: str | None) -> int:
+    """What NPROC says; 0 if it is not set, or empty."""
+    try:
+        return int(nproc or 0)
+    except ValueError:
+        raise ConfigError(
+            f"NPROC in the environment must be a whole number, not {nproc!r}: jax sizes its CPU "
+            f"thread pools by it. Unset it, or set it to {_POOL_THREADS} or more"
+        ) from None
 
 
 def _start_anew(needed: int, wanted: int, pool_is_large: bool, error: RuntimeError) -> None:

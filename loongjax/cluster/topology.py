@@ -190,7 +190,7 @@ class AlignedSlices(_Base):
 
     @staticmethod
     def _all_degrees(instances: int) -> Iterable[int]:
-        return [1 << power for power in range(instances.bit_length())]
+        return _powers_of_two(instances)
 
     def groups(self, degree: int) -> Sequence[Group]:
         """All groups of this degree, ascending."""
@@ -264,8 +264,12 @@ def default_topology(
             f"{', '.join(_PLATFORMS)}"
         )
     if degrees is None and platform == "cpu":
-        degrees = (*(2**n for n in range(instances.bit_length())), instances)
+        degrees = (*_powers_of_two(instances), instances)
     return kind(instances, degrees)
+
+
+def _powers_of_two(most: int) -> list[int]:
+    return [1 << power for power in range(most.bit_length())]
 
 
 class _Subsets(Sequence[Group]):

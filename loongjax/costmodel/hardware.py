@@ -49,6 +49,7 @@ class HardwareDescription:
       neighbour_bytes_per_s: Of these, what it can send to one neighbour.
       layer_overhead_s: What a layer takes at least, however little it has to do.
       hop_s: Latency of one exchange with a neighbour.
+      tile_s: What a tile of a kernel's grid costs beside its work, by the whole chip's clock.
       attained: What programs reach.
       tensor_parallel: Chips of an instance by default; None: the fewest that hold the weights.
       host: Time of the engine for a step.
@@ -66,6 +67,7 @@ class HardwareDescription:
     neighbour_bytes_per_s: float
     layer_overhead_s: float
     hop_s: float
+    tile_s: float
     attained: Attained
     tensor_parallel: int | None
     host: HostTime

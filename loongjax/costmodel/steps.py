@@ -43,18 +43,19 @@ def step_seconds(step: Step, held: Holdings, cost: CostModel) -> float:
 
 def decode_work(step: DecodeStep, held: Holdings) -> DecodeWork:
     """A decode step's work, for the rank that has most of each kind."""
-    degree = len(step.group)
-    rows = Counter([row.master for row in step.rows])
-    most_rows = max(rows.values())
+    degree, tokens_of = len(step.group), held.tokens
+    rows: Counter[InstanceId] = Counter()
     load = dict.fromkeys(step.group, 0)
     longest = 0
-    for row in step.rows:
-        load[row.home] += 1
-        for instance, tokens in held.tokens(row.request).items():
+    for request, master, home in step.rows:
+        rows[master] += 1
+        load[home] += 1
+        for instance, tokens in tokens_of(request).items():
             load[instance] += tokens
-            longest = max(longest, tokens)
+            if tokens > longest:
+                longest = tokens
     return DecodeWork(
-        rows=most_rows * len(rows),
+        rows=max(rows.values()) * len(rows),
         kv_tokens=max(load.values()) * degree,
         masters=len(rows),
         longest=longest * degree,

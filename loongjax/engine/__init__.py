@@ -16,7 +16,9 @@ from loongjax.engine.messages import (
     StepCount,
     StepKind,
     StepRecord,
+    StopWatch,
     Timings,
+    TokenMask,
     TokensEvent,
 )
 
@@ -37,7 +39,9 @@ __all__ = [
     "StepCount",
     "StepKind",
     "StepRecord",
+    "StopWatch",
     "Timings",
+    "TokenMask",
     "TokensEvent",
     "sample_id",
 ]

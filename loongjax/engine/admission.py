@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from loongjax.engine.messages import GenerationRequest
 from loongjax.errors import CapacityError, RequestError
+from loongjax.sampling.params import SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,6 +24,7 @@ class Admission:
       block_size: Tokens per block of the pool.
       instance_slots: KV tokens that one instance holds.
       degree: Instances of the largest group. A request's KV must lie within one group.
+      has_text: Whether a text may end an answer.
     """
 
     vocab_size: int
@@ -30,6 +32,7 @@ class Admission:
     block_size: int
     instance_slots: int
     degree: int
+    has_text: bool = False
 
     @property
     def capacity(self) -> int:
@@ -40,11 +43,13 @@ class Admission:
         """How many tokens the request may generate at most, `max_tokens=None` resolved.
 
         Raises:
-          RequestError: An empty prompt, an id outside the vocabulary, or a length limit.
+          RequestError: An empty prompt, an id outside the vocabulary, a length limit, or stop texts
+            for a model without text.
           CapacityError: It would need more KV slots than the largest group has.
         """
         prompt = len(request.token_ids)
         self._check_ids(request.token_ids)
+        self._check_params(request.params)
         if prompt > self.max_model_len - 1:
             raise RequestError(
                 f"the prompt has {prompt} tokens; with max_model_len {self.max_model_len} at "
@@ -71,6 +76,19 @@ class Admission:
                     f"outside the vocabulary [0, {self.vocab_size}); was the prompt encoded for "
                     "another model?"
                 )
+
+    def _check_params(self, params: SamplingParams) -> None:
+        if params.stop and not self.has_text:
+            raise RequestError(
+                "stop has texts, but this model has no tokenizer; use stop_token_ids"
+            )
+        biased = [token for token, _ in params.biases]
+        for field, tokens in (("stop_token_ids", params.stop_token_ids), ("logit_bias", biased)):
+            for token in tokens:
+                if token >= self.vocab_size:
+                    raise RequestError(
+                        f"{field} has token {token}, outside the vocabulary [0, {self.vocab_size})"
+                    )
 
     def _check_capacity(self, prompt: int, max_tokens: int) -> None:
         peak = prompt + max_tokens - 1

@@ -38,8 +38,9 @@ def continue_step(
       the one before from an array of its shape, so it must be of the same).
     """
     rows = step.rows
-    if not all(goes_on(row.request) for row in rows):
-        rows = tuple(row for row in rows if goes_on(row.request))
+    going = [row for row in rows if goes_on(row[0])]
+    if len(going) < len(rows):
+        rows = tuple(going)
         if not rows or row_bucket(-(-len(rows) // len(step.group))) != _bucket(step):
             return None
     following = DecodeStep(seq=seq, group=step.group, rows=rows)

@@ -19,7 +19,7 @@ from loongjax.engine.admission import Admission
 from loongjax.engine.front import ChangePolicy, Drain, Front
 from loongjax.engine.handle import OnEvent, OnSampleEvent, RequestHandle
 from loongjax.engine.history import MAX_RECORDS, History
-from loongjax.engine.loop import Loop
+from loongjax.engine.loop import Loop, Watcher
 from loongjax.engine.messages import (
     EngineStats,
     GenerationRequest,
@@ -56,6 +56,7 @@ class Engine:
         vocab_size: int,
         max_model_len: int,
         eos_ids: Iterable[int] = (),
+        watch: Watcher | None = None,
         host_time: HostTime | None = None,
         kept_steps: int = MAX_RECORDS,
     ) -> None:
@@ -69,6 +70,8 @@ class Engine:
           vocab_size: Token ids are in [0, vocab_size).
           max_model_len: Tokens of prompt and answer together.
           eos_ids: Tokens that end an answer, unless a request ignores them.
+          watch: Makes what looks for the texts that end an answer; None: the model has no text,
+            and requests with such texts are refused.
           kept_steps: Steps, and ended requests, that are kept for looking back.
           host_time: The executor's, if it has one: it knows more phases than the engine sees.
         """
@@ -79,6 +82,7 @@ class Engine:
             block_size=allocator.block_size,
             instance_slots=allocator.slots,
             degree=max(topology.degrees),
+            has_text=watch is not None,
         )
         self.executor = executor
         self._allocator = allocator
@@ -97,6 +101,8 @@ class Engine:
             history=self._history,
             host_time=self.host_time,
             eos_ids=frozenset(eos_ids),
+            vocab_size=vocab_size,
+            watch=watch,
         )
         self._thread = threading.Thread(target=self._loop.run, name="loongjax-engine", daemon=True)
         self._thread.start()
@@ -206,7 +212,9 @@ class Engine:
         )
 
     def steps(self) -> tuple[StepRecord, ...]:
-        """The latest steps, in the order in which they ended (`kept_steps` of them)."""
+        """The latest steps, in the order in which they ended: `kept_steps` of them, or fewer where
+        they name very many requests.
+        """
         return self._history.steps()
 
     def steps_since(self, seen: int) -> tuple[tuple[StepRecord, ...], int]:

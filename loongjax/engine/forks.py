@@ -32,14 +32,22 @@ def make_stem(sample: Submission, name: RequestId, block_size: int) -> Request |
             request,
             id=name,
             token_ids=request.token_ids[:shared],
-            params=SamplingParams(temperature=0, max_tokens=1),
+            params=SamplingParams(
+                temperature=0, max_tokens=1, prompt_logprobs=request.params.prompt_logprobs
+            ),
             sample=0,
+            mask=None,
         ),
         handle=RequestHandle(name, lambda handle: None, lambda event: None),
         max_tokens=1,
         arrival=sample.arrival,
     )
-    return Request(submission=submission, stop_ids=frozenset(), is_stem=True)
+    return Request(
+        submission=submission,
+        stop_ids=frozenset(),
+        next_id=request.token_ids[shared],
+        is_stem=True,
+    )
 
 
 class Forks:

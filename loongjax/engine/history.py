@@ -80,6 +80,7 @@ class History:
         self._lock = threading.Lock()
         self._ended_steps: deque[_Ended] = deque()
         self._by_request: dict[RequestId, deque[_Ended]] = {}
+        self._indexed = 0  # of all that ended, those that are in `_by_request`, or were
         self._mentions = 0
         self._ended: deque[RequestRecord] = deque(maxlen=max_records)
         self._pool: deque[PoolSample] = deque()
@@ -96,8 +97,7 @@ class History:
 
     def add_step(self, step: Step, result: StepResult) -> None:
         """Records a step that ended."""
-        names = requests_of(step)
-        ended = _Ended(step, result, len(names))
+        ended = _Ended(step, result, len(requests_of(step)))
         with self._lock:
             if result.error is not None:
                 self._failed_steps += 1
@@ -108,11 +108,6 @@ class History:
             self._ended_steps.append(ended)
             self._ended_count += 1
             self._mentions += ended.mentions
-            for name in names:
-                mentions = self._by_request.get(name)
-                if mentions is None:
-                    mentions = self._by_request[name] = deque()
-                mentions.append(ended)
             while len(self._ended_steps) > self._max_records or self._mentions > self._max_mentions:
                 self._drop_oldest()
 
@@ -160,14 +155,17 @@ class History:
         O(new records).
         """
         with self._lock:
-            new = min(max(self._ended_count - seen, 0), len(self._ended_steps))
-            ended = tuple(islice(reversed(self._ended_steps), new))
+            ended = self._newest(self._ended_count - seen)
             count = self._ended_count
-        return tuple([make_record(step, result) for step, result, _ in reversed(ended)]), count
+        return tuple([make_record(step, result) for step, result, _ in ended]), count
 
     def steps_of(self, request: RequestId) -> tuple[StepRecord, ...]:
-        """The kept records of steps that worked on a request; empty if there are none."""
+        """The kept records of steps that worked on a request; empty if there are none.
+
+        O(its records, and rows of all steps since this was last asked).
+        """
         with self._lock:
+            self._index()
             ended = tuple(self._by_request.get(request, ()))
         return tuple([make_record(step, result) for step, result, _ in ended])
 
@@ -230,9 +228,23 @@ class History:
                 host=host,
             )
 
+    def _newest(self, count: int) -> list[_Ended]:
+        """The last so many steps that are kept, or all. O(count)."""
+        return list(islice(reversed(self._ended_steps), max(count, 0)))[::-1]
+
+    def _index(self) -> None:
+        """Notes for every request which steps worked on it: what nobody asks for costs nothing."""
+        for ended in self._newest(self._ended_count - self._indexed):
+            for name in requests_of(ended.step):
+                self._by_request.setdefault(name, deque()).append(ended)
+        self._indexed = self._ended_count
+
     def _drop_oldest(self) -> None:
+        first = self._ended_count - len(self._ended_steps)
         oldest = self._ended_steps.popleft()
         self._mentions -= oldest.mentions
+        if first >= self._indexed:
+            return
         for request in requests_of(oldest.step):
             of_request = self._by_request[request]
             of_request.popleft()  # steps of a request are in the same order as all steps

@@ -3,7 +3,8 @@
 Runs on one thread and makes all calls to policy, allocator and executor. It waits in
 `Executor.poll` alone; a new request, an abort or a finished step makes it plan anew, and
 while nothing happens it does nothing. New steps are submitted before the last ones' tokens
-are handed out, so that devices do not wait for callers.
+are handed out, so that devices do not wait for callers. It decides when a request ends;
+`loongjax.engine.ends` tells its caller, and frees what it has.
 
 Where the policy lets a group go on (`Plan.ahead`), a decode step is queued behind the one that
 runs, and the policy is not asked again before there is news: input, an end, a failure, or an
@@ -17,28 +18,32 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
+from typing import TypeAlias
 
+import numpy as np
+
+from loongjax.engine.ends import Ends
 from loongjax.engine.forks import Forks, make_stem
 from loongjax.engine.front import Abort, ChangePolicy, Door, Drain, Samples, Submission
 from loongjax.engine.handle import RequestHandle
 from loongjax.engine.history import History
-from loongjax.engine.messages import (
-    Event,
-    FinishedEvent,
-    FinishReason,
-    GenerationRequest,
-    TokensEvent,
-)
+from loongjax.engine.messages import FinishReason, StopWatch, TokensEvent
 from loongjax.engine.request import Request
 from loongjax.engine.state import State
+from loongjax.errors import RequestError
 from loongjax.executor.host_time import HostTime
 from loongjax.executor.protocol import Executor, RequestInput
-from loongjax.plan import Group, Plan, RequestId, Snapshot, Step, StepResult
+from loongjax.plan import Group, Plan, RequestId, SampledToken, Snapshot, Step, StepResult
+from loongjax.sampling.params import SamplingParams
 from loongjax.scheduler import validate
 from loongjax.scheduler.learning import Learning
 from loongjax.scheduler.policy import Policy
 
 _log = logging.getLogger(__name__)
+
+Watcher: TypeAlias = Callable[[SamplingParams], StopWatch]
+"""Makes what reads one answer of a request."""
 
 _POLL_S = 60.0
 """How long one poll may wait. Nothing depends on it: whatever happens ends the wait."""
@@ -63,7 +68,10 @@ class Loop:
         history: History,
         host_time: HostTime,
         eos_ids: frozenset[int],
+        vocab_size: int,
+        watch: Watcher | None = None,
     ) -> None:
+        """`watch` makes what looks for texts that end an answer; see `Engine`."""
         self._executor = executor
         self._policy = policy
         self._state = state
@@ -71,9 +79,13 @@ class Loop:
         self._history = history
         self._host_time = host_time
         self._eos_ids = eos_ids
-        self._outbox: list[tuple[RequestHandle, Event]] = []
+        self._watch = watch
+        self._vocab_size = vocab_size
         self._lost: dict[RequestId, tuple[Request, Step, str]] = {}
         self._forks = Forks()
+        self._ends = Ends(
+            executor=executor, state=state, front=front, history=history, forks=self._forks
+        )
         self._ahead: frozenset[Group] = frozenset()
         self._published_at = executor.now()
         self.alive = True
@@ -109,7 +121,7 @@ class Loop:
                 self._snapshot()
             self._run_ahead()
             self._host_time.lap("planning")
-            self._deliver()
+            self._ends.deliver()
             self._host_time.lap("delivering")
             results = self._executor.poll(_POLL_S)
 
@@ -129,7 +141,7 @@ class Loop:
             elif isinstance(item, ChangePolicy):
                 self._policy = item.policy
         for request in new:
-            self._admit(request.submission.request)
+            self._admit(request)
         for item in taken:
             if isinstance(item, Abort):
                 self._abort(item.handle)
@@ -138,7 +150,11 @@ class Loop:
     def _request(self, submission: Submission) -> Request:
         params = submission.request.params
         eos_ids = frozenset() if params.ignore_eos else self._eos_ids
-        return Request(submission=submission, stop_ids=eos_ids.union(params.stop_token_ids))
+        return Request(
+            submission=submission,
+            stop_ids=eos_ids.union(params.stop_token_ids),
+            watch=self._watch(params) if self._watch is not None and params.stop else None,
+        )
 
     def _add_samples(self, item: Samples) -> list[Request]:
         """Takes in their stem, for which they wait, or else themselves; gives what it took."""
@@ -158,32 +174,56 @@ class Loop:
         for sample in self._forks.take(stem):
             sample.first_scheduled = stem.first_scheduled
             self._state.add(sample)
-            self._admit(sample.submission.request)
-            if self._state.fork(stem, sample):
+            sample.score_prompt(1, stem.prompt_logprobs)
+            self._admit(sample)
+            if not sample.ended and self._state.fork(stem, sample):
                 self._executor.fork(stem.id, sample.id)
-        self._close(stem)
+        self._ends.close(stem)
 
-    def _admit(self, request: GenerationRequest) -> None:
+    def _admit(self, admitted: Request) -> None:
+        request, next_id = admitted.submission.request, admitted.next_id
         seed = request.params.seed
         self._executor.admit(
             RequestInput(
                 id=request.id,
                 token_ids=request.token_ids,
-                temperature=request.params.temperature,
+                next_id=next_id,
+                params=request.params,
                 seed=_draw_seed() if seed is None else seed,
                 sample=request.sample,
+                end_ids=admitted.stop_ids,
+                is_masked=request.mask is not None,
             )
         )
+        self._restrict(admitted)
+
+    def _restrict(self, request: Request) -> None:
+        """Tells the executor which tokens may come next, if that is up to the request's mask."""
+        mask = request.submission.request.mask
+        if mask is None:
+            return
+        try:
+            allowed = np.asarray(mask(tuple(request.generated)), np.bool_)
+            if allowed.shape != (self._vocab_size,) or not allowed.any():
+                raise RequestError(
+                    f"it gave {allowed.sum()} tokens in the shape {allowed.shape}; it must allow "
+                    f"one at least, in the shape ({self._vocab_size},)"
+                )
+        except Exception as error:
+            text = f"the request's token mask failed: {type(error).__name__}: {error}"
+            self._ends.end(request, "error", error=text, time=self._executor.now())
+        else:
+            self._executor.restrict(request.id, allowed)
 
     def _abort(self, handle: RequestHandle) -> None:
         request = self._state.open.get(handle.id)
         if request is not None and request.handle is handle:
-            self._end(request, "abort", time=self._executor.now())
+            self._ends.end(request, "abort", time=self._executor.now())
         elif waiting := self._forks.leave(handle):
             sample, stem = waiting
-            self._end_sample(sample, "abort", time=self._executor.now())
+            self._ends.end_sample(sample, "abort", time=self._executor.now())
             if stem is not None:
-                self._end(self._state.open[stem], "abort", time=self._executor.now())
+                self._ends.end(self._state.open[stem], "abort", time=self._executor.now())
 
     # Planning
 
@@ -212,7 +252,7 @@ class Loop:
     def _carry_out(self, plan: Plan) -> None:
         for rejection in plan.reject:
             request = self._state.open[rejection.request]
-            self._end(request, "error", error=rejection.reason, time=self._executor.now())
+            self._ends.end(request, "error", error=rejection.reason, time=self._executor.now())
         for name in plan.preempt:
             self._history.add_preemption()
             self._recompute(self._state.open[name])
@@ -248,7 +288,7 @@ class Loop:
         view = (snapshot.waiting or snapshot.running)[0]
         free = sum(instance.free_slots for instance in snapshot.instances)
         draining = len(self._state.draining)
-        self._end(
+        self._ends.end(
             self._state.open[view.id],
             "error",
             error=(
@@ -271,31 +311,42 @@ class Loop:
         before = len(self._state.open)
         self._history.add_step(step, result)
         for gone in ended:
-            self._forget(gone)
+            self._ends.forget(gone)
         if result.error is not None:
             self._fail_step(step, result.error)
         self._drop_lost_kv()
-        accepted = 0
-        for name, token in result.tokens:
-            request = self._state.open.get(name)
+        for name, start, logprobs in result.prompts:
+            if request := self._state.open.get(name):
+                request.score_prompt(start, logprobs)
+        accepted, requests = 0, self._state.open
+        for sampled in result.tokens:
+            request = requests.get(sampled.request)
             if request is None:  # it had ended already: nobody hears of this token
                 continue
             if request.is_stem:
                 self._branch(request)
             else:
                 accepted += 1
-                self._accept(request, token, result.ended)
+                self._accept(request, sampled, result.ended)
         self._history.add_tokens(accepted)
         someone_ended = bool(ended) or len(self._state.open) < before
         return someone_ended or result.error is not None or not self._state.queue(step.group)
 
-    def _accept(self, request: Request, token: int, time: float) -> None:
-        reason = request.append(token, time)
-        event = TokensEvent(token_ids=(token,), stopped=reason == "stop")
-        self._outbox.append((request.handle, event))
+    def _accept(self, request: Request, sampled: SampledToken, time: float) -> None:
+        is_first = not request.generated
+        reason = request.append(sampled.token, time)
+        stop_token = sampled.token if sampled.token in request.stop_ids else None
+        event = TokensEvent(
+            token_ids=(sampled.token,),
+            stopped=stop_token is not None,
+            logprobs=() if sampled.logprobs is None else (sampled.logprobs,),
+            prompt_logprobs=tuple(request.prompt_logprobs) if is_first else (),
+        )
+        self._ends.outbox.append((request.handle, event))
         if reason is not None:
-            stop_token = token if reason == "stop" else None
-            self._end(request, reason, stop_token=stop_token, time=time)
+            self._ends.end(request, reason, stop_token=stop_token, time=time)
+        else:
+            self._restrict(request)
 
     def _fail_step(self, step: Step, error: str) -> None:
         _log.error("step %d on group %s failed: %s", step.seq, step.group, error)
@@ -322,7 +373,7 @@ class Loop:
                 self._history.add_recompute()
                 self._recompute(request)
             else:
-                self._end(
+                self._ends.end(
                     request,
                     "error",
                     error=(
@@ -332,65 +383,12 @@ class Loop:
                     time=self._executor.now(),
                 )
 
-    # Ends
-
     def _recompute(self, request: Request) -> None:
         """Drops a request's KV; it waits again."""
         self._state.release_kv(request)
         self._executor.drop_kv(request.id)
 
-    def _end(
-        self,
-        request: Request,
-        reason: FinishReason,
-        *,
-        time: float,
-        error: str | None = None,
-        stop_token: int | None = None,
-    ) -> None:
-        if request.is_stem:
-            for sample in self._forks.take(request):
-                self._end_sample(sample, reason, time=time, error=error)
-        else:
-            self._say_end(request, reason, time=time, error=error, stop_token=stop_token)
-        self._close(request)
-
-    def _end_sample(
-        self, sample: Request, reason: FinishReason, *, time: float, error: str | None = None
-    ) -> None:
-        """Ends a sample that waits for its stem: nobody else knows it yet."""
-        self._say_end(sample, reason, time=time, error=error)
-        self._front.retire(sample.id)
-
-    def _say_end(
-        self,
-        request: Request,
-        reason: FinishReason,
-        *,
-        time: float,
-        error: str | None = None,
-        stop_token: int | None = None,
-    ) -> None:
-        event = FinishedEvent(
-            reason=reason, error=error, stop_token=stop_token, timings=request.timings(time)
-        )
-        self._outbox.append((request.handle, event))
-        self._history.add_end(request.record(reason, time), reason)
-
-    def _close(self, request: Request) -> None:
-        """Frees what a request has, now or when the step that works on it has ended."""
-        if self._state.end(request):
-            self._forget(request)
-
-    def _forget(self, request: Request) -> None:
-        self._state.release_kv(request)
-        self._executor.forget(request.id)
-        self._front.retire(request.id)
-
-    def _deliver(self) -> None:
-        outbox, self._outbox = self._outbox, []
-        for handle, event in outbox:
-            handle.deliver(event)
+    # The end
 
     def _shut(self, reason: FinishReason, message: str) -> None:
         queued: list[Submission] = []
@@ -406,8 +404,10 @@ class Loop:
         ]
         time = self._executor.now()
         for request in requests:
-            self._say_end(request, reason, time=time, error=message if reason == "error" else None)
-        self._deliver()
+            self._ends.announce(
+                request, reason, time=time, error=message if reason == "error" else None
+            )
+        self._ends.deliver()
         try:
             self._executor.close()
         except Exception as error:

@@ -6,17 +6,26 @@ seconds of the engine's clock (`Engine.now`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
 
 from loongjax.executor.host_time import PhaseTime
-from loongjax.plan import Group, InstanceId, RequestId, Share
+from loongjax.plan import Group, InstanceId, RequestId, Share, TokenLogprobs
 from loongjax.programs.counts import ProgramCounts
 from loongjax.sampling.params import SamplingParams
 
 FinishReason: TypeAlias = Literal["length", "stop", "abort", "error"]
 StepKind: TypeAlias = Literal["prefill", "decode", "migrate"]
+
+
+TokenMask: TypeAlias = Callable[[Sequence[int]], np.ndarray]
+"""Says, of the tokens generated so far, which may come next: bool [vocabulary], not all False. For
+constrained output. A function of its argument alone, called on the engine's thread once for each
+token, so it must be quick; if it raises, its request ends with that error. The request's steps
+wait for each other: none is queued before the last one's token is known."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +38,7 @@ class GenerationRequest:
       params: How tokens are chosen, and when to stop.
       sample: Which of the answers to its prompt this is (`SamplingParams.n`); a part of the key
         of its random draws. `Engine.submit_samples` sets it.
+      mask: Which tokens may come next, or None: all that `params` let.
       priority: Higher is served earlier, by policies that look at it.
       deadline: When it should end [s, engine clock]; policies may use it, the engine does
         not abort for it.
@@ -38,6 +48,7 @@ class GenerationRequest:
     token_ids: Sequence[int]
     params: SamplingParams = field(default_factory=SamplingParams)
     sample: int = 0
+    mask: TokenMask | None = None
     priority: int = 0
     deadline: float | None = None
 
@@ -52,20 +63,36 @@ class Timings:
     end: float
 
 
+@runtime_checkable
+class StopWatch(Protocol):
+    """Reads one answer and says when a text has ended it: the engine itself knows no text."""
+
+    @property
+    def stop(self) -> str | None:
+        """The text that ended it, or None."""
+        ...
+
+    def push(self, token_ids: Sequence[int], /) -> object:
+        """Takes the next tokens."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokensEvent:
     """Tokens that were generated since the last event, in order; never empty.
 
-    `stopped` says that the last of them ended the answer: it is no part of its text.
+    Attributes:
+      token_ids: The tokens.
+      stopped: The last of them ended the answer: it is no part of its text.
+      logprobs: One for each, if the request asked for them; else empty.
+      prompt_logprobs: For each token of the prompt but the first, with the first event of a
+        request that asked for them; else empty.
     """
 
     token_ids: tuple[int, ...]
     stopped: bool = False
-
-    @property
-    def text_ids(self) -> tuple[int, ...]:
-        """The tokens that belong to the text."""
-        return self.token_ids[:-1] if self.stopped else self.token_ids
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,17 +100,19 @@ class FinishedEvent:
     """The last event of a request.
 
     Attributes:
-      reason: `stop`: a token of the model's or the request's ended it; `length`:
+      reason: `stop`: a token of the model's or the request's, or a text, ended it; `length`:
         `max_tokens` were generated; `abort`: the caller or the engine's closing ended it;
         `error`: see `error`.
       error: What went wrong and what to do; None unless `reason` is `error`.
-      stop_token: The token that ended it, already handed out; None unless `stop`.
+      stop_token: The token that ended it, already handed out, or None.
+      stop_text: The text that ended it (`SamplingParams.stop`), or None.
       timings: When it came, ran and ended.
     """
 
     reason: FinishReason
     error: str | None = None
     stop_token: int | None = None
+    stop_text: str | None = None
     timings: Timings
 
 

@@ -8,7 +8,6 @@ The loop alone touches it, save `published`, which any thread may read.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 from loongjax.engine.ahead import continue_step
 from loongjax.engine.request import Request
@@ -62,6 +61,7 @@ class State:
         self.flying: dict[int, Step] = {}
         self._views = Views()
         self._in_flight: set[RequestId] = set()
+        self._masked: set[RequestId] = set()  # open ones whose next token is up to the host
         self.published = self.snapshot()
 
     @property
@@ -72,6 +72,8 @@ class State:
     def add(self, request: Request) -> None:
         """Takes a new request in."""
         self.open[request.id] = request
+        if request.submission.request.mask is not None:
+            self._masked.add(request.id)
         self._views.add(request.id)
         self._version += 1
 
@@ -84,6 +86,7 @@ class State:
         del self.open[request.id]
         self._views.remove(request.id)
         self._in_flight.discard(request.id)
+        self._masked.discard(request.id)
         self._version += 1
         if request.in_flight is None:
             return True
@@ -92,24 +95,18 @@ class State:
 
     def launch(self, step: Step, time: float) -> SlotPlan:
         """Books a step that is about to be submitted; gives the slots it writes."""
-        slots, names = self._allocator.apply(step), step_requests(step)
-        moves = isinstance(step, MigrateStep)
+        slots, names, seq = self._allocator.apply(step), step_requests(step), step.seq
+        computes, requests = not isinstance(step, MigrateStep), self.open
         self._views.stale.update(names)
         self._in_flight.update(names)
         for name in names:
-            request = self.open[name]
-            if moves:
+            if not computes:
                 self._tell_relatives(name)
-            else:
-                request.last_seq = step.seq
-            request.in_flight = step.seq
-            request.changed()
-            if request.first_scheduled is None:
-                request.first_scheduled = time
+            requests[name].launched(seq, time, computes=computes)
         if isinstance(step, PrefillStep):
             self._prefill_seq.update(dict.fromkeys(step.group, step.seq))
-        self.flying[step.seq] = step
-        self._next_seq = step.seq + 1
+        self.flying[seq] = step
+        self._next_seq = seq + 1
         self._version += 1
         return slots
 
@@ -119,18 +116,17 @@ class State:
         """
         step = self.flying.pop(seq)
         self._version += 1
-        ended = []
+        ended, stale, requests = [], self._views.stale, self.open
         for name in step_requests(step):
-            request = self.open.get(name) or self._ending[name]
-            if not request.ended:
-                self._views.stale.add(name)
-            if request.in_flight != seq:
-                continue
-            request.in_flight = None
-            if request.ended:
+            request = requests.get(name)
+            if request is not None:
+                stale.add(name)
+                if request.in_flight == seq:
+                    request.in_flight = None
+                    self._in_flight.discard(name)
+            elif self._ending[name].in_flight == seq:
                 ended.append(self._ending.pop(name))
-            else:
-                self._in_flight.discard(name)
+                ended[-1].in_flight = None
         return step, ended
 
     def queue(self, group: Group) -> list[DecodeStep]:
@@ -142,7 +138,12 @@ class State:
         ]
 
     def continuation(self, step: DecodeStep) -> DecodeStep | None:
-        """What may be launched behind `step`, the newest on its group (`continue_step`)."""
+        """What may be launched behind `step`, the newest on its group (`continue_step`).
+
+        Nothing where some row's next token is up to the host.
+        """
+        if self._masked and not self._masked.isdisjoint(step_requests(step)):
+            return None
         return continue_step(step, seq=self._next_seq, goes_on=self._goes_on, fits=self._fits)
 
     def _fits(self, step: DecodeStep) -> bool:
@@ -215,6 +216,7 @@ class State:
         self.open.clear()
         self._views = Views()
         self._in_flight.clear()
+        self._masked.clear()
         self._ending.clear()
         self.flying.clear()
         self.snapshot()
@@ -222,7 +224,7 @@ class State:
     def snapshot(self) -> Snapshot:
         """What the policy may look at; also `published` from now on."""
         self._views.refresh(lambda name: self.open[name].view(self._allocator))
-        busy = {i: seq for seq, step in sorted(self.flying.items()) for i in step.group}
+        busy = {i: seq for seq, step in self.flying.items() for i in step.group}  # newest last
         self._instances = tuple(self._instance(view, busy.get(view.id)) for view in self._instances)
         self.published = Snapshot(
             version=self._version,
@@ -246,4 +248,11 @@ class State:
         now = (free, withheld, busy, prefill)
         if now == (old.free_slots, old.withheld, old.busy_seq, old.prefill_seq):
             return old
-        return replace(old, free_slots=free, withheld=withheld, busy_seq=busy, prefill_seq=prefill)
+        return InstanceView(
+            id=old.id,
+            slots=old.slots,
+            free_slots=free,
+            withheld=withheld,
+            busy_seq=busy,
+            prefill_seq=prefill,
+        )

@@ -68,12 +68,14 @@ class _Line:
     def __init__(self) -> None:
         self._views: dict[RequestId, RequestView] = {}
         self._sorted = True
+        self._made: tuple[RequestView, ...] | None = ()
 
     def replace(self, view: RequestView) -> bool:
         """Replaces the view of a request, if it is here; says whether it was."""
         if view.id not in self._views:
             return False
         self._views[view.id] = view
+        self._made = None
         return True
 
     def put(self, view: RequestView, places: Mapping[RequestId, int]) -> None:
@@ -81,15 +83,19 @@ class _Line:
         if self._sorted and self._views:
             self._sorted = places[next(reversed(self._views))] < places[view.id]
         self._views[view.id] = view
+        self._made = None
 
     def remove(self, request: RequestId) -> None:
         """Forgets a request, if it is here."""
-        self._views.pop(request, None)
+        if self._views.pop(request, None) is not None:
+            self._made = None
 
     def views(self, places: Mapping[RequestId, int]) -> tuple[RequestView, ...]:
         """All, by place."""
-        if not self._sorted:
-            by_place = sorted(self._views, key=lambda name: places[name])
-            self._views = {name: self._views[name] for name in by_place}
-            self._sorted = True
-        return tuple(self._views.values())
+        if self._made is None:
+            if not self._sorted:
+                by_place = sorted(self._views, key=lambda name: places[name])
+                self._views = {name: self._views[name] for name in by_place}
+                self._sorted = True
+            self._made = tuple(self._views.values())
+        return self._made

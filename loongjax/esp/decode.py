@@ -22,6 +22,7 @@ from loongjax.esp.partials import return_to_masters
 from loongjax.esp.sampling import sample_rows
 from loongjax.kvcache.pool import KVPool, from_stored, to_stored
 from loongjax.models.decoder import Decoder
+from loongjax.sampling.fields import NO_TOKEN
 from pallas_kernels.backends import Kernels
 from pallas_kernels.paged_attention import RowTables
 from pallas_kernels.partials import Partial, merge
@@ -100,18 +101,21 @@ def decode(
     weights: dict,
     pool: KVPool,
     meta: Meta,
-    previous_R: Int32[Array, " R"],
+    table_Rx2xV: Int32[Array, "R 2 V"],
+    previous_RxS: Int32[Array, "R S"],
     *,
     decoder: Decoder,
     degree: int,
     block_size: int,
     kernels: Kernels,
-) -> tuple[KVPool, Int32[Array, " R"]]:
-    """One token for each row whose master this rank is; returns the pool and the tokens.
+) -> tuple[KVPool, Int32[Array, "R S"]]:
+    """One token for each row whose master this rank is; returns the pool and what is said of
+    the tokens (`loongjax.esp.sampling`).
 
-    `previous_R` is the output of the group's last decode step, which may still be running
+    `previous_RxS` is the output of the group's last decode step, which may still be running
     when this step is launched; `source` says which rows take their token from it.
     """
+    previous_R = previous_RxS[:, 0]
     rows = previous_R.shape[0]
     previous_A = lax.all_gather(previous_R, SP, tiled=True) if degree > 1 else previous_R
     source = meta["source"]
@@ -124,4 +128,8 @@ def decode(
     position = lax.dynamic_slice_in_dim(meta["position"], rank * rows, rows)
     attend = PooledAttention(degree=degree, block_size=block_size, meta=meta, kernels=kernels)
     x_RxM, pool = decoder.apply({"params": weights}, token, position, attend, pool)
-    return pool, sample_rows(weights, x_RxM, meta, decoder, tile_rows=rows)
+    # The host has noted the tokens that it knew.
+    last_R = jnp.where(source >= 0, token, NO_TOKEN)
+    added_RxN = jnp.concatenate([meta["recent"], last_R[:, None]], axis=1)
+    said = sample_rows(weights, x_RxM, meta, table_Rx2xV, added_RxN, decoder, tile_rows=rows)
+    return pool, said

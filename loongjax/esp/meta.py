@@ -14,6 +14,8 @@ from typing import Literal, TypeAlias, TypeVar
 import numpy as np
 from jaxtyping import Array, Int32
 
+from loongjax.sampling.fields import FIELDS, RECENT
+
 Kind: TypeAlias = Literal["prefill", "extend", "decode", "migrate"]
 
 _Vector = TypeVar("_Vector", np.ndarray, Array)
@@ -53,10 +55,12 @@ Meta: TypeAlias = Mapping[str, Int32[Array, "..."]]
 def meta_layout(kind: Kind, n: int, size: int, rows: int) -> MetaLayout:
     """The inputs of one rank of a program of degree n; `size` is its bucket.
 
-    Of both kinds: `temperature` (float32 bits), `seed`, `sample` and `sample_position` of the
-    rows that this rank samples, and `rows_used` of the fullest rank.
+    Of both kinds, for the rows that this rank samples: the `FIELDS` of `loongjax.sampling.fields`
+    and `sample_position`; and `rows_used` of the fullest rank.
 
-    Prefill, T local tokens: `token`, `position`; `first`, the first visible local index;
+    Prefill, T local tokens: `token`, `position`; `target`, the prompt's token after each, and
+    `score_begin` and `score_end`, the local tokens for which that one's log-probability is wanted
+    (from 0 to 0: none); `first`, the first visible local index;
     `keep` [n, T], the slot of each token that arrives in each ring step; `used`; and
     `sample_index` [n * rows], the local index of the token whose successor a row samples,
     or -1 where another rank has it.
@@ -68,7 +72,8 @@ def meta_layout(kind: Kind, n: int, size: int, rows: int) -> MetaLayout:
     Decode, R rows for each rank and A = n * R in the group: `token` and `source` of this
     rank's rows (source >= 0 takes the token from the last step's output instead); for all
     rows of the group: `position`, the `write` slot here, `start` and `entries` in this
-    rank's table; and `update` [A, 4] of the table, `(index, slot, position, count)`.
+    rank's table; `update` [A, 4] of the table, `(index, slot, position, count)`; and `recent`
+    [R, RECENT], generated tokens that the rows' sampling tables lack, or -1.
 
     Migrate, B tokens: for each other rank, `hop` places on, `send` [n - 1, B], the slots that
     go there; `receive`, the slots for what comes from `hop` places back; `trips` [n - 1], the
@@ -77,16 +82,16 @@ def meta_layout(kind: Kind, n: int, size: int, rows: int) -> MetaLayout:
     if kind == "migrate":
         return MetaLayout({"send": (n - 1, size), "receive": (n - 1, size), "trips": (n - 1,)})
     sampling: dict[str, tuple[int, ...]] = {
-        "temperature": (rows,),
-        "seed": (rows,),
-        "sample": (rows,),
-        "sample_position": (rows,),
+        **dict.fromkeys((*FIELDS, "sample_position"), (rows,)),
         "rows_used": (),
     }
     if kind != "decode":
         fields: dict[str, tuple[int, ...]] = {
             "token": (size,),
             "position": (size,),
+            "target": (size,),
+            "score_begin": (),
+            "score_end": (),
             "first": (size,),
             "keep": (n, size),
             "used": (),
@@ -107,6 +112,7 @@ def meta_layout(kind: Kind, n: int, size: int, rows: int) -> MetaLayout:
             "start": (group_rows,),
             "entries": (group_rows,),
             "update": (group_rows, 4),
+            "recent": (rows, RECENT),
             **sampling,
         }
     )

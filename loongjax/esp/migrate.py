@@ -20,7 +20,7 @@ TILE = 64  # tokens of one message: all layers, K and V together
 
 def migrate(
     pool: KVPool, meta: Meta, *, degree: int, kernels: Kernels
-) -> tuple[KVPool, Int32[Array, " 1"]]:
+) -> tuple[KVPool, Int32[Array, "1 1"]]:
     """Sends `send[hop]` slots and stores what arrives in `receive[hop]`; see `meta_layout`.
 
     Every slot is read before any is written over: a step's new slots are none of its old ones.
@@ -53,4 +53,4 @@ def migrate(
             return lax.fori_loop(0, pool.k.shape[0], store, pool)
 
         pool = lax.fori_loop(0, meta["trips"][hop - 1], tile, pool)
-    return pool, jnp.zeros(1, jnp.int32)
+    return pool, jnp.zeros((1, 1), jnp.int32)

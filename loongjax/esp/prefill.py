@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int32
 from loongjax.cluster.mesh import SP
 from loongjax.esp.history import HistoryAttention, Window
 from loongjax.esp.meta import Meta
-from loongjax.esp.sampling import sample_rows
+from loongjax.esp.sampling import sample_rows, score_prompt
 from loongjax.kvcache.pool import KVPool, to_stored
 from loongjax.models.decoder import Decoder
 from pallas_kernels.backends import Kernels
@@ -57,6 +57,10 @@ class RingAttention:
         dtype = jnp.float32 if self.widens else q_TxHxD.dtype
         q_HxTxD = q_TxHxD.transpose(1, 0, 2).astype(dtype)
         kv_TxXxD = jnp.concatenate([k_TxGxD, v_TxGxD], axis=1)  # K and V in one hop
+        if self.degree > 1:
+            # Else the first fold could begin before what the first hop sends is put together,
+            # and that hop would have no fold beside it.
+            q_HxTxD, kv_TxXxD = lax.optimization_barrier((q_HxTxD, kv_TxXxD))
         carry = empty_carry((heads, tokens), head_dim)
         pool = state
         for hop in range(self.degree):
@@ -115,14 +119,16 @@ def prefill(
     weights: dict,
     pool: KVPool,
     meta: Meta,
+    table_Rx2xV: Int32[Array, "R 2 V"],
     *,
     decoder: Decoder,
     degree: int,
     block_size: int,
     kernels: Kernels,
     with_history: bool,
-) -> tuple[KVPool, Int32[Array, " rows"]]:
-    """Computes one rank's stripe of a prefill step; returns the pool and sampled tokens.
+) -> tuple[KVPool, Int32[Array, "R S"], Int32[Array, "T N"]]:
+    """Computes one rank's stripe of a prefill step; returns the pool, and what is said of the
+    sampled tokens and of the prompt's (`loongjax.esp.sampling`).
 
     `with_history` for chunks whose requests have KV in the pool already.
 
@@ -144,4 +150,6 @@ def prefill(
     x_AxM = jnp.where((index_A >= 0)[:, None], x_TxM[jnp.maximum(index_A, 0)], 0)
     if degree > 1:
         x_AxM = lax.psum_scatter(x_AxM, SP, scatter_dimension=0, tiled=True)
-    return pool, sample_rows(weights, x_AxM, meta, decoder, tile_rows=_SAMPLED_AT_ONCE)
+    none = jnp.zeros((len(table_Rx2xV), 0), jnp.int32)  # the tables have all tokens
+    said = sample_rows(weights, x_AxM, meta, table_Rx2xV, none, decoder, tile_rows=_SAMPLED_AT_ONCE)
+    return pool, said, score_prompt(weights, x_TxM, meta, decoder)

@@ -32,6 +32,7 @@ from loongjax.programs.catalogue import Catalogue
 from loongjax.programs.folder import default_folder
 from loongjax.programs.guard import CompileGuard
 from loongjax.programs.store import ProgramStore
+from pallas_kernels.tuning import chip_of
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def plan_executor(model: ModelConfig, config: EngineConfig) -> ExecutorPlan:
     cluster, pool = config.cluster, config.pool
     platform = jax.default_backend()
     grid = device_grid(cluster.instances, cluster.tensor_parallel)
-    programs = plan_programs(model, config, platform)
+    programs = plan_programs(model, config, platform, chip_of(grid[0][0].device_kind))
     shapes, catalogue = programs.shapes, programs.catalogue
     store = ProgramStore(config.program_dir or default_folder(), config.trusted_program_dir)
     room = _room(shapes, grid, config.max_model_len or model.max_positions)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PyTree
 
 from loongjax.cluster.mesh import DeviceGrid, GroupMeshes, assemble, take_apart
 from loongjax.kvcache.pool import POOL_SPECS, KVPool, new_pool
 from loongjax.models.placement import PlacedLeaf, PlacedWeights
 from loongjax.plan import Group, InstanceId
-from loongjax.programs.build import ProgramShapes, weight_partition
+from loongjax.programs.build import TABLE_SPEC, ProgramShapes, weight_partition
 
 
 class DeviceMemory:
@@ -33,6 +34,8 @@ class DeviceMemory:
         self._pools: dict[jax.Device, KVPool] = {}
         self._together: dict[Group, KVPool] = {}
         self._group_of: dict[InstanceId, Group] = {}
+        self._blanks: dict[tuple[jax.Device, int], jax.Array] = {}  # by rows
+        self._blank_tables: dict[tuple[Group, int], jax.Array] = {}
         self.rebuild(tuple(range(len(grid))))
 
     def rebuild(self, group: Group) -> None:
@@ -107,15 +110,24 @@ class DeviceMemory:
         for device in self._grid[instance]:
             self._pools[device] = self._pools[device]._replace(table=jax.device_put(table, device))
 
-    def pool_pointers(self) -> dict[int, tuple[int, int]]:
-        """Addresses of K and V by device id; steps must not change them."""
-        pools = dict(self._pools)
-        for pool in self._together.values():
-            pools |= _by_device(pool)
-        return {
-            device.id: (pool.k.unsafe_buffer_pointer(), pool.v.unsafe_buffer_pointer())
-            for device, pool in pools.items()
-        }
+    def blank_tables(self, group: Group, rows: int) -> jax.Array:
+        """Sampling tables of a group's rows that have nothing in them: for steps that need none.
+
+        Those of a device are the same for all its groups.
+        """
+        blank = self._blank_tables.get((group, rows))
+        if blank is None:
+            mesh = self.meshes[group]
+            shards = [self._blank_table(device, rows) for device in mesh.devices.flat]
+            blank = self._blank_tables[group, rows] = assemble(mesh, TABLE_SPEC, shards)
+        return blank
+
+    def _blank_table(self, device: jax.Device, rows: int) -> jax.Array:
+        table = self._blanks.get((device, rows))
+        if table is None:
+            zeros = np.zeros((rows, 2, self._shapes.logits), np.int32)
+            table = self._blanks[device, rows] = jax.device_put(zeros, device)
+        return table
 
     def release(self) -> None:
         """Drops every reference to device memory."""
@@ -123,6 +135,8 @@ class DeviceMemory:
         self._together.clear()
         self._group_of.clear()
         self._weight_views.clear()
+        self._blanks.clear()
+        self._blank_tables.clear()
         del self._weights
 
     def _split(self, group: Group) -> None:

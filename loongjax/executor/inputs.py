@@ -6,9 +6,10 @@ the step's group; see `loongjax.esp.meta` for the fields.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
@@ -16,7 +17,8 @@ from jaxtyping import Int32
 from loongjax.errors import StepError
 from loongjax.esp.history import Trips, item_entries
 from loongjax.esp.migrate import TILE
-from loongjax.executor.protocol import RequestInput
+from loongjax.executor.noted_rows import NotedRows
+from loongjax.executor.token_log import TokenLog
 from loongjax.kvcache.messages import DecodeSlots, MigrateSlots, PrefillSlots
 from loongjax.kvcache.tables import BlockTable
 from loongjax.plan import (
@@ -28,36 +30,24 @@ from loongjax.plan import (
     RequestId,
 )
 from loongjax.programs.spec import ProgramSpec
+from loongjax.sampling.fields import FIELDS, NO_TOKEN
 
-NO_TOKEN = -1
 
+class ScoredChunk(NamedTuple):
+    """A chunk whose prompt's log-probabilities are wanted.
 
-class TokenLog:
-    """The known tokens of one request: its prompt, then what was generated."""
+    Attributes:
+      start: The position of the first token that is scored.
+      top: How many likely tokens are told of at each.
+      tokens: Those that are scored.
+      places: Where in the program's second output each stands.
+    """
 
-    def __init__(self, request: RequestInput) -> None:
-        self.temperature_bits = int(np.float32(request.temperature).view(np.int32))
-        self.seed = request.seed
-        self.sample = request.sample
-        self._tokens = np.array(request.token_ids, np.int32)
-        self._length = len(self._tokens)
-
-    def append(self, token: int) -> None:
-        """Adds a generated token; amortised O(1)."""
-        if self._length == len(self._tokens):
-            self._tokens = np.concatenate([self._tokens, np.zeros_like(self._tokens)])
-        self._tokens[self._length] = token
-        self._length += 1
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, position: int) -> int:
-        return int(self._tokens[: self._length][position])
-
-    def every(self, step: int, start: int, end: int) -> Int32[np.ndarray, " T"]:
-        """Tokens `start`, `start + step`, … before `end`."""
-        return self._tokens[start : min(end, self._length) : step]
+    request: RequestId
+    start: int
+    top: int
+    tokens: Int32[np.ndarray, " T"]
+    places: Int32[np.ndarray, " T"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,10 +57,14 @@ class StepInputs:
     Attributes:
       metas: int32 [n, size], one vector for each rank; the program runs once for each item.
       rows: The requests that get a token, with their places in the program's output.
+      told: How many likely tokens those are told of who asked for log-probabilities.
+      scored: Chunks of prompts that are scored.
     """
 
     metas: tuple[np.ndarray, ...]
     rows: tuple[tuple[RequestId, int], ...]
+    told: Mapping[RequestId, int]
+    scored: tuple[ScoredChunk, ...] = ()
 
 
 def stripe_tokens(length: int, degree: int) -> int:
@@ -96,6 +90,7 @@ def prefill_inputs(
     kept = _slots_by_token(step, slots, trash)
     used = 0
     rows: list[tuple[RequestId, int]] = []
+    scored: list[ScoredChunk] = []
     for chunk in step.chunks:
         for rank, field in enumerate(fields):
             _stripe(chunk, rank, degree, used, field, logs[chunk.request])
@@ -111,11 +106,13 @@ def prefill_inputs(
             fields[owner]["sample_index"][place] = used + index
             _sampling(fields[rank], row, logs[chunk.request], chunk.start + chunk.length)
             rows.append((chunk.request, place))
+        scored += _score(spec, chunk, used, fields, logs[chunk.request])
         used += stripe_tokens(chunk.length, degree)
     for field in fields:
         field["used"][...] = used
         field["rows_used"][...] = -(-len(rows) // degree)
-    return StepInputs(metas=(meta,), rows=tuple(rows))
+    told = _told((name, logs[name]) for name, _ in rows)
+    return StepInputs(metas=(meta,), rows=tuple(rows), told=told, scored=tuple(scored))
 
 
 def add_history(
@@ -164,6 +161,34 @@ def _stripe(
     field["first"][at : at + local] = at
 
 
+def _score(
+    spec: ProgramSpec,
+    chunk: Chunk,
+    at: int,
+    fields: Sequence[Mapping[str, np.ndarray]],
+    log: TokenLog,
+) -> list[ScoredChunk]:
+    """Asks for the log-probabilities of the prompt's tokens that follow those of a chunk."""
+    degree, start = spec.degree, chunk.start + 1
+    tokens = log.to_score(start, start + chunk.length)
+    if log.prompt_logprobs is None or not len(tokens):
+        return []
+    end = at + stripe_tokens(len(tokens), degree)
+    for rank, field in enumerate(fields):
+        target = tokens[rank::degree]
+        field["target"][at : at + len(target)] = target
+        if field["score_end"] == 0:
+            field["score_begin"][...] = at
+        field["score_end"][...] = end
+    index, rank_t = np.divmod(np.arange(len(tokens), dtype=np.int32), np.int32(degree))
+    places = rank_t * np.int32(spec.bucket) + np.int32(at) + index
+    return [ScoredChunk(chunk.request, start, log.prompt_logprobs, tokens, places)]
+
+
+def _told(logs: Iterable[tuple[RequestId, TokenLog]]) -> Mapping[RequestId, int]:
+    return {name: log.logprobs for name, log in logs if log.logprobs is not None}
+
+
 def _slots_by_token(
     step: PrefillStep, slots: PrefillSlots, trash: int
 ) -> dict[tuple[RequestId, InstanceId], np.ndarray]:
@@ -189,7 +214,10 @@ class DecodeFrame:
 
     Attributes:
       rows: Those of the steps that it serves.
+      requests: Theirs; their tokens are kept as long as the frame is.
       spec: Their program.
+      noted: Those of the rows that have a sampling table. A step lacks what was generated since
+        the tables were gathered.
     """
 
     def __init__(
@@ -207,6 +235,7 @@ class DecodeFrame:
         self.rows = step.rows
         layout, rank_of = spec.layout, {inst: rank for rank, inst in enumerate(step.group)}
         self._names = [row.request for row in step.rows]
+        self.requests = frozenset(self._names)
         self._logs = [logs[name] for name in self._names]
         filled = [0] * spec.degree
         places = []
@@ -215,17 +244,19 @@ class DecodeFrame:
             places.append(master * spec.rows + filled[master])
             filled[master] += 1
         self._places = tuple(zip(self._names, places, strict=True))
+        self._told = _told(zip(self._names, self._logs, strict=True))
+        self.noted = NotedRows(list(zip(self._logs, places, strict=True)))
         meta = self._meta = np.zeros((spec.degree, layout.size), np.int32)
         at = np.array(places, np.intp)  # none in a warm-up step
         mine = np.divmod(at, spec.rows)  # (rank, row) of the master
         field = partial(layout.of_all_ranks, meta)
-        field("temperature")[mine] = [log.temperature_bits for log in self._logs]
-        field("seed")[mine] = [log.seed for log in self._logs]
-        field("sample")[mine] = [log.sample for log in self._logs]
+        for name in FIELDS:
+            field(name)[mine] = [log.fields[name] for log in self._logs]
         field("rows_used")[:] = max(filled)
         field("write")[:] = trash
         field("source")[:] = NO_TOKEN
         field("update")[:, :, 0] = spare_entry
+        field("recent")[:] = NO_TOKEN
         # Where the numbers of a step stand, in the order in which `inputs` lists them.
         place = partial(layout.of_all_ranks, np.arange(meta.size).reshape(meta.shape))
         home = np.array([rank_of[row.home] for row in step.rows], np.intp)
@@ -257,6 +288,11 @@ class DecodeFrame:
                 tokens.append(log[position])
                 sources.append(NO_TOKEN)
             elif name in running:
+                if log.table is not None and position > len(log):
+                    raise StepError(
+                        f"step {step.seq}: the choice of request {name!r} depends on its token at "
+                        f"position {len(log)}, which is not known; launch one step ahead at most"
+                    )
                 tokens.append(0)
                 sources.append(running[name])
             else:
@@ -273,7 +309,10 @@ class DecodeFrame:
             numbers += [entries for _, entries in regions]
         meta = self._meta.copy()
         meta.reshape(-1)[self._changing] = numbers
-        return StepInputs(metas=(meta,), rows=self._places)
+        for at, recent in self.noted.recent():
+            rank, row = divmod(at, self.spec.rows)
+            self.spec.layout.of_all_ranks(meta, "recent")[rank, row, : len(recent)] = recent
+        return StepInputs(metas=(meta,), rows=self._places, told=self._told)
 
 
 def migrate_inputs(
@@ -292,7 +331,7 @@ def migrate_inputs(
     }
     longest = max(len(taken) for taken, _ in joined.values())
     metas = tuple(_migrate_meta(spec, joined, at, trash) for at in range(0, longest, spec.bucket))
-    return StepInputs(metas=metas, rows=())
+    return StepInputs(metas=metas, rows=(), told={})
 
 
 def _migrate_meta(
@@ -326,7 +365,6 @@ def _slots_of(entries: Int32[np.ndarray, "N 3"]) -> Int32[np.ndarray, " T"]:
 
 
 def _sampling(field: Mapping[str, np.ndarray], row: int, log: TokenLog, position: int) -> None:
-    field["temperature"][row] = log.temperature_bits
-    field["seed"][row] = log.seed
-    field["sample"][row] = log.sample
+    for name, number in log.fields.items():
+        field[name][row] = number
     field["sample_position"][row] = position

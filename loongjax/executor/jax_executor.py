@@ -31,13 +31,14 @@ from loongjax.executor.host_time import HostTime
 from loongjax.executor.inputs import (
     DecodeFrame,
     StepInputs,
-    TokenLog,
     add_history,
     migrate_inputs,
     prefill_inputs,
     stripe_tokens,
 )
+from loongjax.executor.noted_rows import NotedRows
 from loongjax.executor.protocol import ExecutorLimits, RequestInput
+from loongjax.executor.token_log import TokenLog
 from loongjax.executor.waiting import Launched, Waiters, failure
 from loongjax.kvcache.messages import DecodeSlots, MigrateSlots, PrefillSlots, SlotPlan
 from loongjax.kvcache.tables import BlockTable
@@ -53,13 +54,14 @@ from loongjax.plan import (
     StepResult,
     Topology,
 )
-from loongjax.programs.build import META_SPEC, TOKEN_SPEC, ProgramShapes
+from loongjax.programs.build import META_SPEC, ROW_SPEC, TABLE_SPEC, ProgramShapes
 from loongjax.programs.catalogue import Catalogue
 from loongjax.programs.counts import ProgramCounts
 from loongjax.programs.guard import CompileGuard
 from loongjax.programs.library import ProgramLibrary
 from loongjax.programs.spec import ProgramSpec
 from loongjax.programs.store import ProgramStore
+from loongjax.sampling.fields import SAID
 from pallas_kernels.backends import kernels_of
 from pallas_kernels.paged_attention import chunk_entries
 
@@ -69,9 +71,9 @@ _LAUNCH_ORDER = threading.Lock()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Output:
-    """A decode step's tokens, perhaps still to come, and the place of each request's."""
+    """What a decode step said, perhaps still to come, and the place of each request's token."""
 
-    tokens: jax.Array
+    said: jax.Array
     places: dict[RequestId, int]
 
 
@@ -103,8 +105,9 @@ class JaxExecutor:
         self._tables = [self._new_table() for _ in grid]
         self._logs: dict[RequestId, TokenLog] = {}
         self._outputs: dict[Group, _Output] = {}  # of each group's last decode step
-        self._frames: dict[Group, DecodeFrame] = {}
+        self._frames: dict[Group, DecodeFrame] = {}  # likewise, of open requests only
         self._zeros: dict[tuple[Group, int], jax.Array] = {}
+        self._row_tables: dict[Group, jax.Array] = {}  # of each group's frame, if it has any
         self._groups: dict[int, Group] = {}  # of steps in flight
         self._broken: set[InstanceId] = set()  # where a launch failed that is not settled yet
         self._doomed: set[int] = set()  # steps in flight behind one that failed
@@ -138,7 +141,11 @@ class JaxExecutor:
 
     def admit(self, request: RequestInput) -> None:
         """Makes a request's tokens known."""
-        self._logs[request.id] = TokenLog(request)
+        self._logs[request.id] = TokenLog(request, self._shapes.logits)
+
+    def restrict(self, request: RequestId, allowed: np.ndarray) -> None:
+        """Says which tokens may be a masked request's next."""
+        self._logs[request].restrict(allowed)
 
     def fork(self, source: RequestId, target: RequestId) -> None:
         """Enters the KV of `source` for `target` too; nothing is copied on the devices."""
@@ -189,12 +196,16 @@ class JaxExecutor:
         """Forgets all of a request."""
         self.drop_kv(request)
         self._logs.pop(request, None)
+        for group in [g for g, frame in self._frames.items() if request in frame.requests]:
+            del self._frames[group]  # else it keeps the request's tokens
 
     def close(self) -> None:
         """Waits for what runs, and gives device memory back."""
         self._waiters.close()
         self._outputs.clear()
+        self._frames.clear()
         self._zeros.clear()
+        self._row_tables.clear()
         self.programs.clear()
         self.memory.release()
 
@@ -227,12 +238,18 @@ class JaxExecutor:
             with _LAUNCH_ORDER:
                 pool = self.memory.pool_of(group)
                 self.host_time.lap("launch")
-                pool, tokens = program(*before, pool, meta, *after)
+                pool, said, *scores = program(*before, pool, meta, *after)
                 self.host_time.lap("call")
                 self.memory.keep_pool(group, pool)
         if isinstance(step, DecodeStep):
-            self._outputs[group] = _Output(tokens=tokens, places=dict(inputs.rows))
-        return Launched(seq=step.seq, rows=inputs.rows, tokens=tokens, started=started)
+            self._outputs[group] = _Output(said=said, places=dict(inputs.rows))
+        return Launched(
+            seq=step.seq,
+            inputs=inputs,
+            said=said,
+            scores=scores[0] if scores else None,
+            started=started,
+        )
 
     def _to_devices(self, vectors: np.ndarray, group: Group) -> np.ndarray | jax.Array:
         """Inputs where the group's program wants them. One device takes them with the call; for
@@ -262,18 +279,22 @@ class JaxExecutor:
                     add_history(spec, step, inputs, tables, partial(self._trips, spec))
                 for share in slots.shares:
                     self._tables[share.instance].append(share.request, share.entries)
-                return inputs, (self.memory.weights_of(group),), ()
+                noted = NotedRows([(self._logs[name], place) for name, place in inputs.rows])
+                row_tables = self._send_noted(spec, group, noted)
+                return inputs, (self.memory.weights_of(group),), (row_tables,)
             case DecodeStep(), DecodeSlots():
                 self._append_tokens(step, slots)
                 last = self._last_output(spec, group)
-                frame = self._frame_of(step)
-                if frame is None:
-                    frame = self._frames[group] = DecodeFrame(
-                        spec, step, self._logs, trash, self._shapes.table_entries - 1
-                    )
+                known = self._frame_of(step)
+                spare_entry = self._shapes.table_entries - 1
+                frame = known or DecodeFrame(spec, step, self._logs, trash, spare_entry)
+                if known is None or frame.noted.is_stale:
+                    self._frames[group] = frame
+                    self._row_tables[group] = self._send_noted(spec, group, frame.noted)
                 inputs = frame.inputs(step, slots, tables, last.places)
                 self._update_tables(spec, group, inputs)
-                return inputs, (self.memory.weights_of(group),), (last.tokens,)
+                after = self._row_tables[group], last.said
+                return inputs, (self.memory.weights_of(group),), after
             case MigrateStep(), MigrateSlots():
                 for move in slots.moves:
                     self._tables[move.source].replace(move.request, move.left)
@@ -331,17 +352,24 @@ class JaxExecutor:
         rows[: table.capacity] = table.entries
         return rows
 
+    def _send_noted(self, spec: ProgramSpec, group: Group, noted: NotedRows) -> jax.Array:
+        """The sampling tables of a step's rows, on the devices."""
+        if not noted:
+            return self.memory.blank_tables(group, spec.rows)
+        tables = noted.gather(spec.degree * spec.rows, self._shapes.logits)
+        return jax.device_put(tables, NamedSharding(self.memory.meshes[group], TABLE_SPEC))
+
     def _last_output(self, spec: ProgramSpec, group: Group) -> _Output:
         """What the group's last decode step put out, if this one can read it; else zeros."""
         last = self._outputs.get(group)
-        if last is not None and last.tokens.shape == (spec.degree * spec.rows,):
+        if last is not None and len(last.said) == spec.degree * spec.rows:
             return last
         zeros = self._zeros.get((group, spec.rows))
         if zeros is None:
-            sharding = NamedSharding(self.memory.meshes[group], TOKEN_SPEC)
-            zeros = jax.device_put(np.zeros(spec.degree * spec.rows, np.int32), sharding)
+            sharding = NamedSharding(self.memory.meshes[group], ROW_SPEC)
+            zeros = jax.device_put(np.zeros((spec.degree * spec.rows, SAID), np.int32), sharding)
             self._zeros[group, spec.rows] = zeros
-        return _Output(tokens=zeros, places={})
+        return _Output(said=zeros, places={})
 
     def _settle(self, result: StepResult) -> StepResult:
         """Notes what a finished step changed; in the engine's thread."""
@@ -350,13 +378,14 @@ class JaxExecutor:
             self._doomed.remove(result.seq)
             error = result.error or f"a step before it on group {group} failed"
             return replace(result, tokens=(), error=error)
-        for request, token in result.tokens:
-            if request in self._logs:
-                self._logs[request].append(token)
+        for sampled in result.tokens:
+            if sampled.request in self._logs:
+                self._logs[sampled.request].append(sampled.token)
         if result.error is not None:
             self._doomed.update(seq for seq, other in self._groups.items() if other == group)
             self._broken.difference_update(group)
             self._outputs.pop(group, None)
+            self._frames.pop(group, None)
             self.memory.rebuild(group)
             for instance in group:
                 self._tables[instance] = self._new_table()

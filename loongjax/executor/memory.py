@@ -9,6 +9,7 @@ full length and takes a modest share of the memory at most; nothing is measured 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -21,7 +22,10 @@ QUANTUM = 1024
 _MARGIN = 0.05  # of an accelerator: small inputs, outputs, and gaps between buffers
 _HOST_SHARE = 0.4  # of what the host has free, when a pool is sized
 _HOST_MOST = 0.8  # of it, when a pool was sized before
+_HOST_UNKNOWN = 4 << 30  # taken to be free where the system does not say
 _CPU_PROMPTS = 2  # emulated pools hold this many prompts of full length in all, not all memory
+
+_log = logging.getLogger(__name__)
 
 Origin: TypeAlias = Literal["given", "measured", "stored"]
 
@@ -144,11 +148,17 @@ def free_bytes(device: jax.Device, sharing: int) -> int:
 
 def _free_host_bytes(root: Path = Path("/")) -> int:
     """Of the machine, or of the container that this runs in."""
-    free = [4 << 30]
     meminfo = root / "proc/meminfo"
     if meminfo.exists():
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         free = [int(lines["MemAvailable"].split()[0]) << 10]
+    else:
+        free = [_HOST_UNKNOWN]
+        _log.warning(
+            "there is no %s to say how much memory is free: taking it for %d MiB, by which KV "
+            "pools are sized; give pool slots if that is wrong",
+            *(meminfo, _HOST_UNKNOWN >> 20),
+        )
     group = root / "sys/fs/cgroup"
     limit = group / "memory.max"
     if limit.exists() and (text := limit.read_text().strip()) != "max":

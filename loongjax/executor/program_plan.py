@@ -48,8 +48,12 @@ class ProgramPlan:
     catalogue: Catalogue
 
 
-def plan_programs(model: ModelConfig, config: EngineConfig, platform: str) -> ProgramPlan:
+def plan_programs(
+    model: ModelConfig, config: EngineConfig, platform: str, chip: str
+) -> ProgramPlan:
     """The programs, with a nominal pool of `QUANTUM` slots.
+
+    `chip` is whose tiles kernels use (`pallas_kernels.tuning`), empty for none.
 
     Raises ConfigError where degrees, heads or kernels do not fit model or platform.
     """
@@ -78,6 +82,7 @@ def plan_programs(model: ModelConfig, config: EngineConfig, platform: str) -> Pr
         block_size=block_size,
         table_entries=_table_entries(QUANTUM, block_size),
         attention_backend=_backend(config, platform, model, dtype),
+        chip=chip,
     )
     return ProgramPlan(shapes=shapes, catalogue=catalogue)
 

@@ -11,9 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import numpy as np
+
 from loongjax.kvcache.messages import SlotPlan
 from loongjax.plan import RequestId, Step, StepResult
 from loongjax.programs.counts import ProgramCounts
+from loongjax.sampling.params import SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,14 +24,20 @@ class RequestInput:
     """What an executor needs to know of a request beyond the steps.
 
     `seed` is always set here: the engine draws one when the user gave none. `sample` tells the
-    answers to one prompt apart, which share a seed.
+    answers to one prompt apart, which share a seed. `end_ids` are the tokens that end it.
+    `next_id` is the token behind `token_ids` in a longer prompt that these are a part of: it is
+    not computed, but its log-probability is told. Of one that `is_masked`, `restrict` says before
+    each of its tokens which it may be.
     """
 
     id: RequestId
     token_ids: Sequence[int]
-    temperature: float
+    params: SamplingParams
     seed: int
     sample: int = 0
+    end_ids: frozenset[int] = frozenset()
+    next_id: int | None = None
+    is_masked: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +77,10 @@ class Executor(Protocol):
 
     def admit(self, request: RequestInput) -> None:
         """Makes a request known, before any step names it."""
+        ...
+
+    def restrict(self, request: RequestId, allowed: np.ndarray) -> None:
+        """Says which tokens may be a masked request's next: bool [vocabulary]."""
         ...
 
     def fork(self, source: RequestId, target: RequestId) -> None:

@@ -16,18 +16,28 @@ from dataclasses import dataclass, replace
 import jax
 import numpy as np
 
-from loongjax.plan import Group, RequestId, SampledToken, StepResult
+from loongjax.executor.inputs import StepInputs
+from loongjax.plan import Group, PromptLogprobs, SampledToken, StepResult
+from loongjax.sampling.told import token_logprobs
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Launched:
-    """A step that runs: the token of each of `rows` will stand at its place in `tokens`."""
+    """A step that runs.
+
+    Attributes:
+      inputs: What its program was told.
+      said: int32 [A, SAID], perhaps still to come (`loongjax.sampling.fields`).
+      scores: int32 [T, SAID - 1], of a prefill step's prompts.
+      started: When it was launched.
+    """
 
     seq: int
-    rows: tuple[tuple[RequestId, int], ...]
-    tokens: jax.Array
+    inputs: StepInputs
+    said: jax.Array
+    scores: jax.Array | None = None
     started: float
 
 
@@ -72,16 +82,53 @@ class Waiters:
 
     def _result(self, launched: Launched) -> StepResult:
         try:
-            tokens = np.asarray(launched.tokens).tolist()
+            tokens, prompts = _tokens(launched), _prompts(launched)
         except Exception as error:
             _log.exception("step %d failed", launched.seq)
             return failure(launched.seq, error, launched.started, self._now())
         return StepResult(
             seq=launched.seq,
-            tokens=tuple([SampledToken(name, tokens[at]) for name, at in launched.rows]),
+            tokens=tokens,
+            prompts=prompts,
             started=launched.started,
             ended=self._now(),
         )
+
+
+def _tokens(launched: Launched) -> tuple[SampledToken, ...]:
+    inputs, said_AxS = launched.inputs, np.asarray(launched.said)
+    tokens = said_AxS[:, 0].tolist()
+    if not inputs.told:
+        return tuple([SampledToken(name, tokens[at]) for name, at in inputs.rows])
+    return tuple(
+        SampledToken(
+            name,
+            tokens[at],
+            token_logprobs(said_AxS[at : at + 1], inputs.told[name])[0]
+            if name in inputs.told
+            else None,
+        )
+        for name, at in inputs.rows
+    )
+
+
+def _prompts(launched: Launched) -> tuple[PromptLogprobs, ...]:
+    if not launched.inputs.scored:
+        return ()
+    scores_TxS = np.asarray(launched.scores)
+    return tuple(
+        PromptLogprobs(
+            chunk.request,
+            chunk.start,
+            tuple(
+                token_logprobs(
+                    np.concatenate([chunk.tokens[:, None], scores_TxS[chunk.places]], axis=1),
+                    chunk.top,
+                )
+            ),
+        )
+        for chunk in launched.inputs.scored
+    )
 
 
 def failure(seq: int, error: Exception, started: float, ended: float) -> StepResult:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from itertools import islice
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, islice, takewhile
 from typing import TypeAlias
 
 from loongjax.errors import StepError
@@ -39,21 +40,20 @@ def warm_up(executor: JaxExecutor, on_progress: OnProgress | None = None) -> Non
     started = time.monotonic()
     tell = on_progress or (lambda done, total, what: None)
     firsts, others = _work(executor)
-    total = (
-        sum(map(len, firsts.values())) + sum(map(len, others.values())) + len(firsts) + len(others)
-    )
+    work = firsts | others
+    total = sum(len(specs) + 1 for specs in work.values())  # each group runs a step
     done = 0
-    ready: list[Group] = []
-    for group, specs in (*firsts.items(), *others.items()):
-        if group in others and not mappings.has_room():
-            break
-        for spec in specs:
-            tell(done, total, spec.name)
-            executor.programs.get(spec, group)
-            done += 1
-        ready.append(group)
-    unready = len(firsts) + len(others) - len(ready)
-    if unready:
+    bound: Counter[Group] = Counter()
+    # Nothing is unbound to bind what may never be needed.
+    for group, spec in chain(
+        _pairs(firsts), takewhile(lambda _: mappings.has_room(), _pairs(others))
+    ):
+        tell(done, total, spec.name)
+        executor.programs.get(spec, group)
+        bound[group] += 1
+        done += 1
+    ready = [group for group, specs in work.items() if bound[group] == len(specs)]
+    if unready := len(work) - len(ready):
         _log.warning(
             "warm-up: %d groups have no room for their programs (sysctl vm.max_map_count is %d); "
             "they are bound when first needed",
@@ -71,6 +71,10 @@ def warm_up(executor: JaxExecutor, on_progress: OnProgress | None = None) -> Non
         *(len(executor.catalogue.specs), len(ready), time.monotonic() - started),
         *(counts.compiled, counts.loaded, counts.rebound),
     )
+
+
+def _pairs(work: Mapping[Group, Sequence[ProgramSpec]]) -> Iterator[tuple[Group, ProgramSpec]]:
+    return ((group, spec) for group, specs in work.items() for spec in specs)
 
 
 def _work(

@@ -7,8 +7,9 @@ Promises: a block belongs to exactly the requests that hold it, or is free; `app
 all of a step or nothing; for steps that compute it costs O(blocks changed), never O(context),
 and for a move O(blocks of that request on its two instances); the same calls give the same
 slots. `check_integrity` proves the first.
-Not here: which instance a token goes to (the scheduler decides), and when a request's
-slots may be freed (the engine knows which steps are in flight).
+Not here: which instance a token goes to (the scheduler decides), when a request's slots may
+be freed (the engine knows which steps are in flight), and what the refusal of a step says
+(`loongjax.kvcache.refusals`).
 """
 
 from __future__ import annotations
@@ -33,13 +34,12 @@ from loongjax.kvcache.messages import (
     SlotPlan,
 )
 from loongjax.kvcache.moving import Cut, cut_moves
+from loongjax.kvcache.refusals import check_chunk, check_free, check_instance, refusal
 from loongjax.kvcache.tables import ENTRIES_PER_BLOCK
 from loongjax.plan import (
-    Chunk,
     DecodeStep,
     InstanceId,
     MigrateStep,
-    Placement,
     PrefillStep,
     RequestId,
     Share,
@@ -184,38 +184,24 @@ class BlockAllocator:
         kv = self._held.get(request)
         if kv is None:
             return NOWHERE
-        last, room = kv.last_instance, self._room(kv)
+        last, room, shared = kv.last_instance, self._room(kv), kv.shared
+        if shared is None:
+            shared = self._count_shared(kv)
         tail = Share(last, room) if room else None
         # Nearly always: on one instance, without a hole.
         if len(kv.runs) == 1 and kv.runs[last].blocks * self.block_size == kv.computed + room:
-            share = Share(last, kv.computed)
-            return Whereabouts(kv.computed, (share,), tail, (), self._shared(kv))
+            return Whereabouts(kv.computed, (Share(last, kv.computed),), tail, (), shared)
         shares, holes = [], []
         for instance, run in sorted(kv.runs.items()):
             shares.append(Share(instance, run.tokens))
             unused = run.blocks * self.block_size - run.tokens - (instance == last) * room
             if unused:
                 holes.append(Share(instance, unused))
-        return Whereabouts(kv.computed, tuple(shares), tail, tuple(holes), self._shared(kv))
+        return Whereabouts(kv.computed, tuple(shares), tail, tuple(holes), shared)
 
     def shares(self, request: RequestId) -> tuple[Share, ...]:
         """See `Whereabouts`."""
         return self.whereabouts(request).shares
-
-    def tail(self, request: RequestId) -> Share | None:
-        """See `Whereabouts`."""
-        return self.whereabouts(request).tail
-
-    def holes(self, request: RequestId) -> tuple[Share, ...]:
-        """See `Whereabouts`."""
-        return self.whereabouts(request).holes
-
-    def entries(self, request: RequestId, instance: InstanceId) -> Int32[np.ndarray, "N 3"]:
-        """A copy of `(slot, position, count)` of a request's blocks on an instance."""
-        kv = self._held.get(request)
-        if kv is None or instance not in kv.runs:
-            return np.empty((0, 3), np.int32)
-        return kv.runs[instance].entries.copy()
 
     def free_slots(self, instance: InstanceId) -> int:
         """Slots in blocks that nobody holds."""
@@ -227,11 +213,10 @@ class BlockAllocator:
 
     def fits(self, step: DecodeStep) -> bool:
         """Whether its homes have room for the tokens of all rows, each named once. O(rows)."""
-        wanted: Counter[InstanceId] = Counter()
-        for request, _, home in step.rows:
-            if not self._in_tail(self._held.get(request), home):
-                wanted[home] += 1
-        return all(blocks <= self._blocks[home].free for home, blocks in wanted.items())
+        if self._has_plenty(step):
+            return True
+        wanted = self._wanted_by(step).items()
+        return all(blocks <= self._blocks[home].free for home, blocks in wanted)
 
     def check_integrity(self) -> None:
         """Proves the books. O(all blocks), for tests and idle moments.
@@ -243,13 +228,12 @@ class BlockAllocator:
 
     # ---- families --------------------------------------------------------------------
 
-    def _shared(self, kv: Holding) -> tuple[Share, ...]:
-        if kv.shared is None:
-            counts = [
-                (instance, self._blocks[instance].shared_of(run.entries[:, 0] // self.block_size))
-                for instance, run in sorted(kv.runs.items())
-            ]
-            kv.shared = tuple(Share(i, n * self.block_size) for i, n in counts if n)
+    def _count_shared(self, kv: Holding) -> tuple[Share, ...]:
+        counts = [
+            (instance, self._blocks[instance].shared_of(run.entries[:, 0] // self.block_size))
+            for instance, run in sorted(kv.runs.items())
+        ]
+        kv.shared = tuple(Share(i, n * self.block_size) for i, n in counts if n)
         return kv.shared
 
     def _recount_shared(self, kv: Holding) -> None:
@@ -265,39 +249,49 @@ class BlockAllocator:
 
     def _decode(self, step: DecodeStep) -> DecodeSlots:
         held = self._held
-        wanted = [0] * self.instances
-        in_tail: list[bool] = []
-        for request, _, home in step.rows:
-            self._check_instance(step, request, home)
-            fits = self._in_tail(held.get(request), home)
-            in_tail.append(fits)
-            if not fits:
-                wanted[home] += 1
         if len({request for request, _, _ in step.rows}) != len(step.rows):
-            raise _refusal(step, "names a request twice. Give each request one row")
-        if not all(in_tail):
-            self._check_free(step, wanted)
+            raise refusal(step, "names a request twice. Give each request one row")
+        if not self._has_plenty(step):
+            for request, _, home in step.rows:
+                check_instance(step, request, home, self.instances)
+            needed = self._wanted_by(step)
+            wanted = [needed[instance] for instance in range(self.instances)]
+            check_free(step, wanted, self._blocks, self.block_size)
         slots: list[int] = []
         positions: list[int] = []
-        for (request, _, home), fits in zip(step.rows, in_tail, strict=True):
+        for request, _, home in step.rows:
             kv = held.get(request)
             if kv is None:
                 kv = held[request] = Holding()
+            slot = kv.next_slot
+            if kv.last_instance == home and self._room(kv):
+                kv.runs[home].fill_last(1)
+            else:
+                slot = self._blocks[home].take_one() * self.block_size
+                kv.run_on(home).add_token(slot, kv.computed)
+                kv.last_instance = home
+            slots.append(slot)
             positions.append(kv.computed)
-            slots.append(self._add_token(kv, home, fits))
+            kv.next_slot = slot + 1
+            kv.computed += 1
         return DecodeSlots(seq=step.seq, slots=tuple(slots), positions=tuple(positions))
 
-    def _add_token(self, kv: Holding, home: InstanceId, in_tail: bool) -> int:
-        if in_tail:
-            slot = kv.next_slot
-            kv.runs[home].fill_last(1)
-        else:
-            slot = self._blocks[home].take_one() * self.block_size
-            kv.run_on(home).add_token(slot, kv.computed)
-            kv.last_instance = home
-        kv.next_slot = slot + 1
-        kv.computed += 1
-        return slot
+    def _has_plenty(self, step: DecodeStep) -> bool:
+        """Whether its homes have a new block for every row, so that nobody needs to count."""
+        rows = len(step.rows)
+        return all(
+            0 <= home < self.instances and self._blocks[home].free >= rows
+            for home in {row[2] for row in step.rows}
+        )
+
+    def _wanted_by(self, step: DecodeStep) -> Counter[InstanceId]:
+        """New blocks that a decode step takes, by instance."""
+        held = self._held
+        return Counter(
+            home
+            for request, _, home in step.rows
+            if (kv := held.get(request)) is None or kv.last_instance != home or not self._room(kv)
+        )
 
     # ---- prefill ---------------------------------------------------------------------
 
@@ -306,22 +300,23 @@ class BlockAllocator:
         wanted = [0] * self.instances
         for piece in pieces:
             wanted[piece.instance] += -(-(piece.tokens - piece.fill) // self.block_size)
-        self._check_free(step, wanted)
+        check_free(step, wanted, self._blocks, self.block_size)
         return PrefillSlots(seq=step.seq, shares=tuple(self._add_piece(p) for p in pieces))
 
     def _pieces(self, step: PrefillStep) -> Iterator[_Piece]:
         """The non-empty shares of a step, each chunk checked."""
         if len({chunk.request for chunk in step.chunks}) != len(step.chunks):
-            raise _refusal(step, "names a request twice. Give each request one chunk")
+            raise refusal(step, "names a request twice. Give each request one chunk")
         if len(step.chunks) != len(step.keep):
-            raise _refusal(
+            raise refusal(
                 step,
                 f"has {len(step.chunks)} chunks but {len(step.keep)} placements in `keep`. "
                 f"Give one placement for each chunk",
             )
         for chunk, placement in zip(step.chunks, step.keep, strict=True):
-            self._check_chunk(step, chunk, placement)
             kv = self._held.get(chunk.request)
+            computed = 0 if kv is None else kv.computed
+            check_chunk(step, chunk, placement, computed=computed, instances=self.instances)
             room = self._room(kv)
             for instance, tokens in placement.shares:
                 if tokens > 0:
@@ -369,12 +364,12 @@ class BlockAllocator:
 
     def _migrate(self, step: MigrateStep) -> MigrateSlots:
         for move in step.moves:
-            self._check_instance(step, move.request, move.target)
+            check_instance(step, move.request, move.target, self.instances)
         cuts = cut_moves(step, self._held, self.block_size)
         wanted = [0] * self.instances
         for cut in cuts:
             wanted[cut.move.target] += len(cut.given)
-        self._check_free(step, wanted)
+        check_free(step, wanted, self._blocks, self.block_size)
         for cut in cuts:
             self._arrive(cut)
         for cut in cuts:
@@ -413,68 +408,14 @@ class BlockAllocator:
             del runs[source]
         self._recount_shared(self._held[cut.move.request])
 
-    # ---- checks ----------------------------------------------------------------------
-
-    def _in_tail(self, kv: Holding | None, home: InstanceId) -> bool:
-        """Whether a request's next token needs no new block on `home`."""
-        return kv is not None and kv.last_instance == home and self._room(kv) > 0
+    # ---- where the next token fits ---------------------------------------------------
 
     def _room(self, kv: Holding | None) -> int:
         """Tokens that fit behind the newest one in its block; 0 while the block is shared."""
         if kv is None:
             return 0
         room = -kv.next_slot % self.block_size
-        if room == 0:
-            return 0
+        if room == 0 or kv.family is None:  # who was never forked shares nothing
+            return room
         block = kv.next_slot // self.block_size
         return room if self._blocks[kv.last_instance].references[block] == 1 else 0
-
-    def _check_free(self, step: Step, wanted: list[int]) -> None:
-        for instance, (blocks, pool) in enumerate(zip(wanted, self._blocks, strict=True)):
-            if blocks > pool.free:
-                raise _refusal(
-                    step,
-                    f"wants {blocks * self.block_size} slots in new blocks on instance "
-                    f"{instance}, where {pool.free * self.block_size} of {self.usable} are free. "
-                    f"Keep fewer tokens there, or preempt a request with KV on it first",
-                )
-
-    def _check_instance(self, step: Step, request: RequestId, instance: InstanceId) -> None:
-        if not 0 <= instance < self.instances:
-            raise _refusal(
-                step,
-                f"puts KV of request {request!r} on instance {instance}, but instances are 0 "
-                f"to {self.instances - 1}. Choose one of those",
-            )
-
-    def _check_chunk(self, step: PrefillStep, chunk: Chunk, placement: Placement) -> None:
-        """The chunk follows the KV that there is, and its placement holds all of it once."""
-        name, shares = chunk.request, placement.shares
-        if placement.request != name:
-            raise _refusal(
-                step,
-                f"has the placement of request {placement.request!r} beside the chunk of "
-                f"{name!r}. Put both in one order",
-            )
-        if chunk.start != self.computed(name):
-            raise _refusal(
-                step,
-                f"starts a chunk of request {name!r} at token {chunk.start}, but its KV has "
-                f"{self.computed(name)} tokens. Start it there",
-            )
-        for instance, _ in shares:
-            self._check_instance(step, name, instance)
-        kept = sum(share.tokens for share in shares)
-        homes = len({share.instance for share in shares})
-        smallest = min((share.tokens for share in shares), default=0)
-        if kept != chunk.length or homes != len(shares) or smallest < 0:
-            raise _refusal(
-                step,
-                f"keeps {kept} of the {chunk.length} tokens of a chunk of request {name!r}, in "
-                f"shares {[tuple(share) for share in shares]}. Keep every token once, with one "
-                f"share for each instance",
-            )
-
-
-def _refusal(step: Step, text: str) -> PlanError:
-    return PlanError(f"step {step.seq} ({type(step).__name__}) {text}.")

@@ -46,10 +46,11 @@ class Run:
       tokens: Sum of the entries' counts.
     """
 
-    __slots__ = ("_buffer", "_length", "tokens")
+    __slots__ = ("_buffer", "_length", "_unwritten", "tokens")
 
     def __init__(self) -> None:
         self.tokens = 0
+        self._unwritten = 0  # tokens of the last block that the buffer does not count yet
         self._length = 0
         self._buffer = np.empty((_FIRST_ROOM, 3), np.int32)
 
@@ -61,15 +62,17 @@ class Run:
     @property
     def entries(self) -> Int32[np.ndarray, "N 3"]:
         """A view of `(slot, position, count)`, valid until the next change."""
+        self._write()
         return self._buffer[: self._length]
 
     def fill_last(self, tokens: int) -> None:
         """The last block takes more tokens."""
-        self._buffer[self._length - 1, 2] += tokens
+        self._unwritten += tokens
         self.tokens += tokens
 
     def add_token(self, slot: int, position: int) -> None:
         """A new block with one token."""
+        self._write()
         if self._length == len(self._buffer):
             self._grow(1)
         self._buffer[self._length] = (slot, position, 1)
@@ -78,6 +81,7 @@ class Run:
 
     def extend(self, entries: Int32[np.ndarray, "N 3"], tokens: int) -> None:
         """New blocks; `tokens` is the sum of their counts."""
+        self._write()
         end = self._length + len(entries)
         if end > len(self._buffer):
             self._grow(len(entries))
@@ -108,6 +112,11 @@ class Run:
         new = Run()
         new.extend(self.entries, self.tokens)
         return new
+
+    def _write(self) -> None:
+        if self._unwritten:
+            self._buffer[self._length - 1, 2] += self._unwritten
+            self._unwritten = 0
 
     def _grow(self, wanted: int) -> None:
         room = max(2 * len(self._buffer), self._length + wanted)

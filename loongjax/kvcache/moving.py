@@ -7,13 +7,13 @@ Entries are `(slot, position, count)`, positions ascending.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
 
-from loongjax.errors import PlanError
 from loongjax.kvcache.holding import Holding
+from loongjax.kvcache.refusals import refusal
 from loongjax.plan import InstanceId, MigrateStep, Move, RequestId
 
 
@@ -45,7 +45,7 @@ def cut_moves(
         before = lefts[place] if place in lefts else _entries(held, move)
         there = int(before[:, 2].sum())
         if not 1 <= move.tokens <= there:
-            _refuse(
+            raise refusal(
                 step,
                 f"moves {move.tokens} KV tokens of request {move.request!r} away from instance "
                 f"{move.source}, which holds {there} then. Move at least 1, and what is there",
@@ -103,12 +103,8 @@ def _check_ways(step: MigrateStep) -> None:
     targets = {(move.request, move.target) for move in step.moves}
     for move in step.moves:
         if (move.request, move.source) in targets:
-            _refuse(
+            raise refusal(
                 step,
                 f"moves KV of request {move.request!r} both to instance {move.source} and away "
                 "from it. Move it straight to where it shall be",
             )
-
-
-def _refuse(step: MigrateStep, text: str) -> NoReturn:
-    raise PlanError(f"step {step.seq} (MigrateStep) {text}.")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
-from loongjax.api.outputs import CompletionOutput
+from loongjax.api.answers import AnswerBuilder
 from loongjax.api.prompts import encode_prompt, need_tokenizer
 from loongjax.engine import Engine, Event, FinishedEvent, GenerationRequest, TokensEvent, sample_id
 from loongjax.errors import EngineClosedError
@@ -52,9 +52,13 @@ class EngineBackend:
                 collected.is_unwanted = True
                 for sample in range(params.n):
                     self._engine.abort(sample_id(request.id, sample))
+        builders = [self._build(sample, collected, params) for sample in range(params.n)]
         return Answer(
             prompt_tokens=len(request.token_ids),
-            completions=tuple(self._completion(i, collected) for i in range(params.n)),
+            completions=tuple(
+                builder.build(collected.ends[sample], ()) for sample, builder in enumerate(builders)
+            ),
+            prompt_logprobs=builders[0].prompt_logprobs,
         )
 
     def _encode(self, prompt: Prompt) -> tuple[int, ...]:
@@ -63,22 +67,17 @@ class EngineBackend:
             return tuple(need_tokenizer(self._tokenizer).encode_chat(messages))
         return encode_prompt(cast(str | Sequence[int], prompt), self._tokenizer)
 
-    def _completion(self, sample: int, collected: _Collected) -> CompletionOutput:
-        events, end = collected.tokens[sample], collected.ends[sample]
+    def _build(self, sample: int, collected: _Collected, params: SamplingParams) -> AnswerBuilder:
+        end = collected.ends[sample]
         if end.reason in ("error", "abort"):
             message = end.error or "the engine was closed before the answer had ended"
             lives_on = self._engine.alive and end.reason == "error"
             raise LineFailedError(message) if lives_on else EngineClosedError(message)
-        text = None
-        if self._tokenizer is not None:
-            text = self._tokenizer.decode(token for event in events for token in event.text_ids)
-        return CompletionOutput(
-            index=sample,
-            token_ids=tuple(token for event in events for token in event.token_ids),
-            text=text,
-            finish_reason=end.reason,
-            stop_token=end.stop_token,
-        )
+        builder = AnswerBuilder(sample, self._tokenizer, params)
+        for event in collected.tokens[sample]:
+            builder.add(event)
+        builder.add(end)
+        return builder
 
 
 @dataclass(kw_only=True)

@@ -1,12 +1,14 @@
 """The project's own lines: `{"id", "prompt" or "messages", sampling fields}`.
 
 An answer is `{"line", "id", "text", "token_ids", "finish_reason", "prompt_tokens"}`, with
-`outputs` beside it where `n` asked for several; what cannot be answered is `{"line", "error"}`.
+`outputs` beside it where `n` asked for several, and with `logprobs` and `prompt_logprobs` where
+those were asked for, lists of `{"token", "logprob", "rank", "top": {token: logprob}}`; what cannot be
+answered is `{"line", "error"}`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ from loongjax.offline.records import Record
 from loongjax.offline.task import Answer, Name, Prompt, Task, as_name
 from loongjax.offline.template import PromptTemplate
 from loongjax.offline.values import parse_json, sampling_fields, unknown_field, with_fields
+from loongjax.plan import TokenLogprobs
 from loongjax.sampling.params import SamplingParams
 
 _OWN = ("id", "prompt", "messages")
@@ -64,6 +67,8 @@ class NativeFormat:
         """See the module."""
         first = _completion(answer.completions[0])
         told = {"line": task.line, "id": task.name, **first, "prompt_tokens": answer.prompt_tokens}
+        if task.params.prompt_logprobs is not None:
+            told["prompt_logprobs"] = _logprobs(answer.prompt_logprobs)
         if task.params.n > 1:
             told["outputs"] = [_completion(each) for each in answer.completions]
         return told
@@ -98,8 +103,18 @@ def _messages(value: Any) -> Prompt:
 
 
 def _completion(completion: CompletionOutput) -> dict[str, Any]:
-    return {
+    told: dict[str, Any] = {
         "text": completion.text,
         "token_ids": list(completion.token_ids),
         "finish_reason": completion.finish_reason,
     }
+    if completion.logprobs is not None:
+        told["logprobs"] = _logprobs(completion.logprobs)
+    return told
+
+
+def _logprobs(logprobs: Sequence[TokenLogprobs]) -> list[dict[str, Any]]:
+    return [
+        {"token": each.token, "logprob": each.logprob, "rank": each.rank, "top": dict(each.top)}
+        for each in logprobs
+    ]

@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from loongjax.api.outputs import CompletionOutput
 from loongjax.offline.records import Record
+from loongjax.plan import TokenLogprobs
 from loongjax.sampling.params import SamplingParams
 
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, Any]]
@@ -43,10 +44,17 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """What came of a task: `params.n` completions, and the length of its prompt in tokens."""
+    """What came of a task.
+
+    Attributes:
+      prompt_tokens: The length of its prompt.
+      completions: `params.n` of them.
+      prompt_logprobs: Of the prompt's tokens but the first; empty if not asked for.
+    """
 
     prompt_tokens: int
     completions: tuple[CompletionOutput, ...]
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @runtime_checkable

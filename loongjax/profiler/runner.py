@@ -30,8 +30,10 @@ from loongjax.plan import (
     StepResult,
     Topology,
 )
+from loongjax.sampling.params import SamplingParams
 
 _PATIENCE_S = 600.0
+_GREEDY = SamplingParams(temperature=0)
 
 
 @runtime_checkable
@@ -92,7 +94,7 @@ class Runner:
         self._opened += 1
         name = f"profile-{self._opened}"
         ids = [(self._opened * 7919 + i * 31) % self.vocab_size for i in range(tokens)]
-        self.executor.admit(RequestInput(id=name, token_ids=ids, temperature=0.0, seed=0))
+        self.executor.admit(RequestInput(id=name, token_ids=ids, params=_GREEDY, seed=0))
         self._lengths[name] = tokens
         return name
 

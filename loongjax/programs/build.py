@@ -22,11 +22,13 @@ from loongjax.models.decoder import Decoder
 from loongjax.models.products import Products
 from loongjax.models.weights import LeafSpec, Tree, weight_leaves
 from loongjax.programs.spec import ProgramSpec
+from loongjax.sampling.fields import SAID
 from pallas_kernels.backend_names import Backend
 from pallas_kernels.backends import kernels_of
 
 META_SPEC = PartitionSpec(SP, None)
-TOKEN_SPEC = PartitionSpec(SP)
+ROW_SPEC = PartitionSpec(SP, None)
+TABLE_SPEC = PartitionSpec(SP, None, None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +46,7 @@ class ProgramShapes:
       block_size: Tokens per block.
       table_entries: Rows of each instance's block table.
       attention_backend: Which kernels programs are made of.
+      chip: Whose tiles they use (`pallas_kernels.tuning`); empty: those that fit everywhere.
     """
 
     config: ModelConfig
@@ -56,6 +59,12 @@ class ProgramShapes:
     block_size: int
     table_entries: int
     attention_backend: Backend = "xla"
+    chip: str = ""
+
+    @property
+    def logits(self) -> int:
+        """Logits of a row: the vocabulary, rounded up to a multiple of `tp`."""
+        return -(-self.config.vocab_size // self.tp) * self.tp
 
     @property
     def pool_layout(self) -> Layout | None:
@@ -82,8 +91,8 @@ def weight_partition(leaf: LeafSpec) -> PartitionSpec:
 
 
 def argument_shapes(spec: ProgramSpec, shapes: ProgramShapes, mesh: Mesh) -> tuple:
-    """The program's arguments, shapes and shardings only: weights, pool, meta and, for
-    decode, the tokens of the group's last decode step.
+    """The program's arguments, shapes and shardings only: weights, pool, meta, the rows' sampling
+    tables and, for decode, the output of the group's last decode step.
     """
 
     def on_mesh(shape: jax.ShapeDtypeStruct, partition: PartitionSpec) -> jax.ShapeDtypeStruct:
@@ -106,10 +115,13 @@ def argument_shapes(spec: ProgramSpec, shapes: ProgramShapes, mesh: Mesh) -> tup
     meta = on_mesh(jax.ShapeDtypeStruct((spec.degree, size), jnp.int32), META_SPEC)
     if spec.kind == "migrate":
         return pool, meta
+    rows = spec.degree * spec.rows
+    table = jax.ShapeDtypeStruct((rows, 2, shapes.logits), jnp.int32)
+    arguments = weights, pool, meta, on_mesh(table, TABLE_SPEC)
     if spec.kind != "decode":
-        return weights, pool, meta
-    tokens = jax.ShapeDtypeStruct((spec.degree * spec.rows,), jnp.int32)
-    return weights, pool, meta, on_mesh(tokens, TOKEN_SPEC)
+        return arguments
+    said = jax.ShapeDtypeStruct((rows, SAID), jnp.int32)
+    return *arguments, on_mesh(said, ROW_SPEC)
 
 
 def _laid_out(shape: jax.ShapeDtypeStruct, layout: Layout) -> jax.ShapeDtypeStruct:
@@ -125,14 +137,15 @@ def lower(spec: ProgramSpec, shapes: ProgramShapes, mesh: Mesh) -> jax.stages.Lo
         body,
         mesh=mesh,
         in_specs=jax.tree.map(lambda argument: argument.sharding.spec, arguments),
-        out_specs=(POOL_SPECS, TOKEN_SPEC),
+        out_specs=(POOL_SPECS, *[ROW_SPEC] * spec.outputs),
         check_vma=False,  # replication over tp is by construction, not inferred
     )
     options: dict[str, Any] = {"donate_argnums": pool_argument(spec)}
     if shapes.pool_layout is not None:  # else the pool would come back in another layout: a copy
         pool = arguments[pool_argument(spec)]
         formats = KVPool(k=pool.k.format, v=pool.v.format, table=pool.table.sharding)
-        options["out_shardings"] = (formats, NamedSharding(mesh, TOKEN_SPEC))
+        rows = NamedSharding(mesh, ROW_SPEC)
+        options["out_shardings"] = (formats, *[rows] * spec.outputs)
     return jax.jit(program, **options).lower(*arguments)
 
 
@@ -144,7 +157,7 @@ def pool_argument(spec: ProgramSpec) -> int:
 def _body(spec: ProgramSpec, shapes: ProgramShapes) -> Callable[..., tuple[KVPool, jax.Array]]:
     """What one rank runs, on its own shards."""
     layout, degree = spec.layout, spec.degree
-    kernels = kernels_of(shapes.attention_backend)
+    kernels = kernels_of(shapes.attention_backend, shapes.chip)
     common: dict[str, Any] = {
         "decoder": Decoder(shapes.config, shapes.tp, shapes.products),
         "degree": degree,
@@ -152,11 +165,11 @@ def _body(spec: ProgramSpec, shapes: ProgramShapes) -> Callable[..., tuple[KVPoo
         "kernels": kernels,
     }
 
-    def on_rank(weights: Tree, pool: KVPool, meta_1xM: jax.Array, *previous: jax.Array) -> Any:
+    def on_rank(weights: Tree, pool: KVPool, meta_1xM: jax.Array, *rest: jax.Array) -> Any:
         meta = layout.views(meta_1xM[0])
         if spec.kind == "decode":
-            return decode(weights, pool, meta, *previous, **common)
-        return prefill(weights, pool, meta, **common, with_history=spec.kind == "extend")
+            return decode(weights, pool, meta, *rest, **common)
+        return prefill(weights, pool, meta, *rest, **common, with_history=spec.kind == "extend")
 
     def move(pool: KVPool, meta_1xM: jax.Array) -> Any:
         return migrate(pool, layout.views(meta_1xM[0]), degree=degree, kernels=kernels)

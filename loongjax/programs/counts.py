@@ -32,3 +32,8 @@ class ProgramCounts:
     load_s: float = 0.0
     rebind_s: float = 0.0
     compiled_after_warm_up: int = 0
+
+    @property
+    def made(self) -> int:
+        """How often a step or warm-up had to wait for a program."""
+        return self.compiled + self.loaded + self.rebound

@@ -97,13 +97,13 @@ def _compiler_version(device: KnownDevice) -> str:
 
 @cache
 def source_digest() -> str:
-    """Digest of all source that programs are traced from."""
+    """Digest of all source, and the tables of tiles, that programs are traced from."""
     library = Path(__file__).parent.parent
     roots = [library / folder for folder in _SOURCE_FOLDERS]
     roots.append(library.parent / "pallas_kernels")
     digest = hashlib.sha256()
     for root in roots:
-        for path in sorted(root.rglob("*.py")):
+        for path in sorted([*root.rglob("*.py"), *root.rglob("*.json")]):
             digest.update(str(path.relative_to(library.parent)).encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()

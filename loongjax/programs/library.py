@@ -81,12 +81,15 @@ class ProgramLibrary:
     def _make_room(self) -> None:
         while self._bound and not mappings.has_room():
             (spec, group), _ = self._bound.popitem(last=False)
+            if self._counts.unbound:  # one warning is enough; to count mappings takes long
+                _log.debug("unbinding %s from group %s", spec.name, group)
+            else:
+                _log.warning(
+                    "unbinding %s from group %s: this process has %d memory mappings of %d (sysctl "
+                    "vm.max_map_count); raise that, or serve with fewer degrees or instances",
+                    *(spec.name, group, mappings.count_mappings(), mappings.most_mappings()),
+                )
             self._count(unbound=1)
-            _log.warning(
-                "unbinding %s from group %s: this process has %d memory mappings of %d (sysctl "
-                "vm.max_map_count); raise that, or serve with fewer degrees or instances",
-                *(spec.name, group, mappings.count_mappings(), mappings.most_mappings()),
-            )
 
     def _make(self, spec: ProgramSpec, group: Group) -> jax.stages.Compiled:
         mesh = self._meshes[group]
@@ -150,7 +153,9 @@ class ProgramLibrary:
                 compiled_for=stored.compiled_for,
                 devices=devices,
                 in_tree=jax.tree.structure((arguments, {})),
-                out_tree=jax.tree.structure((self.shapes.pool_shapes(spec.degree), 0)),
+                out_tree=jax.tree.structure(
+                    (self.shapes.pool_shapes(spec.degree), *range(spec.outputs))
+                ),
             )
         except Exception as error:  # bytes from a disk, read by whatever jax is installed
             _log.warning("not using stored program %s: %s", spec.name, error)

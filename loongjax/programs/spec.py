@@ -36,6 +36,13 @@ class ProgramSpec:
         return f"{self.kind}-d{self.degree}-t{self.bucket}-r{self.rows}{place}"
 
     @property
+    def outputs(self) -> int:
+        """What a program puts out beside the pool: what is said of sampled tokens, and of
+        prompts.
+        """
+        return 2 if self.kind in ("prefill", "extend") else 1
+
+    @property
     def layout(self) -> MetaLayout:
         """The small inputs of one rank."""
         return meta_layout(self.kind, self.degree, self.bucket, self.rows)

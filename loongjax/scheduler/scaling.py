@@ -230,7 +230,7 @@ def choose_masters(
       masters: How many of the group are masters: those that hold most KV.
     """
     if len(group) == 1:
-        return tuple(DecodeRow(view.id, group[0], home) for view, home in rows)
+        return tuple([DecodeRow(view.id, group[0], home) for view, home in rows])
     left = _rows_left(rows, group, masters)
     found = []
     for view, home in rows:

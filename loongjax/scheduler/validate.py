@@ -10,7 +10,7 @@ where KV without holes moves. Pure Python; O(rows + shares) a plan, and a glance
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import InitVar, dataclass, field
 from typing import NoReturn
 
@@ -186,7 +186,8 @@ def _check_ahead(books: _Books, plan: Plan) -> None:
 def _check_requests(books: _Books, steps: tuple[Step, ...], gone: set[RequestId]) -> None:
     seen: dict[RequestId, Step] = {}
     for step in steps:
-        for name in step_requests(step):
+        names, decodes = step_requests(step), isinstance(step, DecodeStep)
+        for name in names:
             if books.get(name) is None:
                 _refuse(step, f"there is no request {name!r}. Leave it out")
             if name in seen:
@@ -199,20 +200,13 @@ def _check_requests(books: _Books, steps: tuple[Step, ...], gone: set[RequestId]
                 )
             if name in books.snapshot.in_flight:
                 _refuse(step, f"a step in flight works on request {name!r}. Wait until it ended")
-            if lacks := _lacks(books, step, name):
-                _refuse(step, f"request {name!r} does not {lacks}. Plan a step of the other kind")
+            # KV of anybody may move, and whoever decodes may be carried along by a prefill step,
+            # as a chunk of one token
+            if decodes and name not in books.running:
+                _refuse(step, f"request {name!r} does not run. Plan a step of the other kind")
             seen[name] = step
-        if not step_requests(step):
+        if not names:
             _refuse(step, "it works on no request. Leave it out")
-
-
-def _lacks(books: _Books, step: Step, name: RequestId) -> str | None:
-    """What a request does not do though a step of this kind needs it.
-
-    KV of anybody may move, and whoever decodes may be carried along by a prefill step, as a
-    chunk of one token.
-    """
-    return "run" if isinstance(step, DecodeStep) and name not in books.running else None
 
 
 # ---- prefill ----------------------------------------------------------------------------
@@ -308,10 +302,16 @@ def _check_size(snapshot: Snapshot, step: PrefillStep) -> None:
 
 
 def _check_decode(books: _Books, step: DecodeStep) -> None:
+    group = frozenset(step.group)
     for row in step.rows:
-        _check_row(step, row)
-        _check_homes(step, books.running[row.request])
-    rows = Counter(row.master for row in step.rows)
+        name, master, home = row
+        if master not in group or home not in group:
+            _refuse_row(step, row)
+        view = books.running[name]
+        for share in view.kv:
+            if share[0] not in group:
+                _check_homes(step, view)
+    rows = Counter([row[1] for row in step.rows])
     for master, count in rows.items():
         if count > books.snapshot.max_rows:
             _refuse(
@@ -321,7 +321,7 @@ def _check_decode(books: _Books, step: DecodeStep) -> None:
             )
 
 
-def _check_row(step: DecodeStep, row: DecodeRow) -> None:
+def _refuse_row(step: DecodeStep, row: DecodeRow) -> None:
     for role, instance in (("master", row.master), ("home", row.home)):
         if instance not in step.group:
             _refuse(
@@ -407,9 +407,17 @@ def _wanted(books: _Books, step: Step) -> Iterator[tuple[InstanceId, int]]:
             yield move.target, _moved_blocks(books, move, before[place])
             before[place] += move.tokens
         return
-    for name, shares in _new_tokens(step):
-        view = books.get(name)
-        yield from new_blocks(shares, view.tail if view else None, books.snapshot.block_size)
+    if isinstance(step, DecodeStep):
+        for name, _, home in step.rows:
+            tail = books.running[name].tail
+            if tail is None or tail[0] != home:
+                yield home, 1
+        return
+    for placement in step.keep:
+        view = books.get(placement.request)
+        yield from new_blocks(
+            placement.shares, view.tail if view else None, books.snapshot.block_size
+        )
 
 
 def _moved_blocks(books: _Books, move: Move, before: int) -> int:
@@ -426,13 +434,6 @@ def _moved_blocks(books: _Books, move: Move, before: int) -> int:
     stays = dict(view.kv)[move.source] - before - move.tokens
     touched = books.held(view)[move.source] - (before + tail) // size - stays // size
     return min(move.tokens, touched)
-
-
-def _new_tokens(step: PrefillStep | DecodeStep) -> Iterable[tuple[RequestId, tuple[Share, ...]]]:
-    """For each request of a step: where its new tokens go, in their order."""
-    if isinstance(step, PrefillStep):
-        return [(placement.request, placement.shares) for placement in step.keep]
-    return [(row.request, (Share(row.home, 1),)) for row in step.rows]
 
 
 def new_blocks(

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from loongjax.costmodel.protocol import CostModel
 from loongjax.costmodel.sib import HostTime
 from loongjax.costmodel.steps import step_seconds
@@ -25,6 +27,7 @@ from loongjax.plan import (
     SampledToken,
     Step,
     StepResult,
+    step_requests,
 )
 from loongjax.programs.counts import ProgramCounts
 from loongjax.simulator.devices import Devices
@@ -65,7 +68,7 @@ class VirtualExecutor:
         self._limits = limits
         self._now = 0.0
         self._devices = Devices(crowding)
-        self._flying: dict[int, _Flight] = {}
+        self._flying: dict[int, tuple[SampledToken, ...]] = {}
         self._lives: dict[RequestId, _Life] = {}
         self.scaling = ScalingCounter()
         self.steps = 0
@@ -87,9 +90,12 @@ class VirtualExecutor:
 
     def admit(self, request: RequestInput) -> None:
         """See `Executor`."""
-        self._lives[request.id] = _Life(
-            job=self._door.jobs[request.id], held=self._ledger.open(request.id)
-        )
+        job, held = self._door.jobs[request.id], self._ledger.open(request.id)
+        self._lives[request.id] = _Life(job=job, held=held, word=SampledToken(request.id, WORD))
+
+    def restrict(self, request: RequestId, allowed: np.ndarray) -> None:
+        """Never called: a job of a workload has no mask."""
+        raise StepError(f"the simulator has no tokens that {request!r} could be restricted to")
 
     def fork(self, source: RequestId, target: RequestId) -> None:
         """Never called: a job of a workload has one answer."""
@@ -102,9 +108,8 @@ class VirtualExecutor:
         self.scaling.add(step)
         self._now += self._host.step_s + self._host.row_s * _rows(step)
         self._devices.launch(self._now, step.seq, step.group, seconds)
-        names = _sampled(step)
-        held = tuple([self._lives[name].held.total for name in names])
-        self._flying[step.seq] = _Flight(names=names, held=held)
+        lives = self._lives
+        self._flying[step.seq] = tuple([lives[name].next_token() for name in _sampled(step)])
         self.steps += 1
         self.busy_s += seconds * len(step.group)
 
@@ -125,7 +130,7 @@ class VirtualExecutor:
         self._door.advance(self._now)
         results = []
         for step in self._devices.advance(self._now):
-            tokens = self._sample(self._flying.pop(step.seq))
+            tokens = self._flying.pop(step.seq)
             results.append(
                 StepResult(seq=step.seq, tokens=tokens, started=step.started, ended=step.ended)
             )
@@ -147,46 +152,33 @@ class VirtualExecutor:
     def close(self) -> None:
         """Nothing to give back."""
 
-    def _sample(self, flight: _Flight) -> tuple[SampledToken, ...]:
-        lives = self._lives
-        return tuple(
-            [
-                SampledToken(name, lives[name].next_token(held))
-                for name, held in zip(flight.names, flight.held, strict=True)
-            ]
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Flight:
-    """A step that was launched.
-
-    Attributes:
-      names: Requests that get a token by it.
-      held: KV tokens that each of those has then.
-    """
-
-    names: tuple[RequestId, ...]
-    held: tuple[int, ...]
-
 
 @dataclass(kw_only=True, slots=True)
 class _Life:
-    """A request: its job, its KV, and how many tokens were generated so far."""
+    """A request.
+
+    Attributes:
+      job: What is known of it.
+      held: Its KV.
+      word: Any of its tokens but the last.
+      generated: Tokens of steps that were launched so far.
+    """
 
     job: Job
     held: Held
+    word: SampledToken
     generated: int = 0
 
-    def next_token(self, held: int) -> int:
-        """Goes on by one token, if all that came before has KV: `held` tokens."""
-        if held != self.job.prompt + self.generated:
+    def next_token(self) -> SampledToken:
+        """What a step gives that was launched just now, if all that came before has KV."""
+        job = self.job
+        if self.held.total != job.prompt + self.generated:
             raise IntegrityError(
-                f"request {self.job.id!r} is to go on after {self.job.prompt + self.generated} "
-                f"tokens, of which {held} have KV; this is a fault in loongjax"
+                f"request {job.id!r} is to go on after {job.prompt + self.generated} tokens, of "
+                f"which {self.held.total} have KV; this is a fault in loongjax"
             )
         self.generated += 1
-        return END if self.generated == self.job.output else WORD
+        return SampledToken(job.id, END) if self.generated == job.output else self.word
 
 
 def _sampled(step: Step) -> tuple[RequestId, ...]:
@@ -195,7 +187,7 @@ def _sampled(step: Step) -> tuple[RequestId, ...]:
         return ()
     if isinstance(step, PrefillStep):
         return tuple([chunk.request for chunk in step.chunks if chunk.last])
-    return tuple([row.request for row in step.rows])
+    return step_requests(step)
 
 
 def _rows(step: Step) -> int:

@@ -111,17 +111,16 @@ class Ledger:
                 )
 
     def _decode(self, step: DecodeStep, slots: DecodeSlots) -> None:
-        size, owners = self._size, self._owners
+        size, owners, holders = self._size, self._owners, self._held
         for (request, _, home), slot in zip(step.rows, slots.slots, strict=True):
-            held = self._held[request]
-            block = slot // size
-            owner = owners[home][block]
-            if slot % size == 0 and owner == 0:
+            held = holders[request]
+            block, begun = divmod(slot, size)
+            if owners[home][block] != (held.mark if begun else 0):
+                self._refuse(request, home, block)
+            if not begun:
                 owners[home][block] = held.mark
                 self._used[home] += 1
                 held.blocks.setdefault(home, []).append(block)
-            elif slot % size == 0 or owner != held.mark:
-                self._refuse(request, home, block)
             held.tokens[home] = held.tokens.get(home, 0) + 1
             held.total += 1
 

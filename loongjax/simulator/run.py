@@ -106,6 +106,7 @@ def assemble(
         history=history,
         host_time=HostTime(),
         eos_ids=frozenset({END}),
+        vocab_size=END + 1,
     )
     return Cluster(
         allocator=allocator,

@@ -44,7 +44,8 @@ class ScalingCounter:
 
     def _decode(self, step: DecodeStep) -> None:
         degree = len(step.group)
-        before = {self._degrees.get(row.request, degree) for row in step.rows}
+        known = self._degrees.get
+        before = {known(row[0], degree) for row in step.rows}
         self.ups += degree > max(before)
         self.downs += degree < min(before)
         if before != {degree}:

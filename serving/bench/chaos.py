@@ -8,9 +8,10 @@ no slot is in use, every whole greedy answer is right, and the process is no big
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ import psutil
 
 from loongjax.bench.oracle import Oracle
 from loongjax.errors import BenchError
-from serving.bench.chaos_clients import KINDS, Ending, Served, Target
+from serving.bench.chaos_clients import KINDS, Ending, Result, Served, Target
 from serving.bench.child import ServerProcess
 from serving.stubs import cluster_pb2, cluster_pb2_grpc
 
@@ -28,9 +29,16 @@ _MODEL = "random:tiny"
 _CONTEXT = 256
 _OPEN = 48
 """Clients at a time."""
-_HANG_S = 120.0
+_HANG_S = 120
+_LAZY_THREADS = min(32, (os.cpu_count() or 1) + 4)
+"""What asyncio's pool has at most: it starts them when they are first needed, in the order of
+chance, so that they are no leak."""
 _IDLE_S = 60.0
 _DRAIN_S = 0.5
+_MOST_GROWTH = 0.05
+_LEAST_TO_GROW = 1_000
+"""Of fewer requests a tenth is too few for a server's memory to have settled."""
+_LOOKS, _LOOK_S = 10, 0.2
 
 
 @dataclass(kw_only=True)
@@ -77,7 +85,9 @@ class ChaosReport:
     def passed(self) -> bool:
         """Whether nothing went wrong."""
         wrong = self.without_end + self.unhandled + self.wrong_tokens + self.leaked_slots
-        return not (wrong or self.exit_code or self.fd_growth > 0 or self.thread_growth > 0)
+        grows = self.requests >= _LEAST_TO_GROW and self.rss_growth > _MOST_GROWTH
+        leaks = grows or self.fd_growth > 0 or self.thread_growth > _LAZY_THREADS
+        return not (wrong or leaks or self.exit_code)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,27 +131,26 @@ async def _drive(
     served: list[Served] = []
     kinds: Counter[str] = Counter()
     chance = random.Random(seed)
-    first = None
-    async with Target(server.grpc, server.http, _CONTEXT) as target:
-        draining = asyncio.create_task(_drain_now_and_then(server.grpc, instances, chance, report))
-        for part in (requests // 10, requests - requests // 10):
+    sizes = []
+    for part in (requests // 10, requests - requests // 10):
+        async with Target(server.grpc, server.http, _CONTEXT) as target:
+            draining = asyncio.create_task(
+                _drain_now_and_then(server.grpc, instances, chance, report)
+            )
             await _send(target, part, chance, report, served, kinds)
-            if first is None:
-                await server.wait_until_idle(_IDLE_S)
-                first = _size(server.pid)
-        draining.cancel()
-        with suppress(asyncio.CancelledError):
-            await draining
+            draining.cancel()
+            with suppress(asyncio.CancelledError):
+                await draining
         is_idle = await server.wait_until_idle(_IDLE_S)
-        last = _size(server.pid)
+        sizes.append(await _size_at_rest(server.pid))
     if not is_idle:
         report.problems.append("the server was still busy at the end")
     report.leaked_slots = int(server.metric("loongjax:instance_kv_used_slots"))
     report.failed_steps = int(server.metric("loongjax:failed_steps_total"))
     report.by_kind = dict(sorted(kinds.items()))
-    if first is not None:
-        report.rss_growth = round(last.rss / first.rss - 1, 4)
-        report.fd_growth, report.thread_growth = last.fds - first.fds, last.threads - first.threads
+    first, last = sizes
+    report.rss_growth = round(last.rss / first.rss - 1, 4)
+    report.fd_growth, report.thread_growth = last.fds - first.fds, last.threads - first.threads
     return report, served
 
 
@@ -162,16 +171,30 @@ async def _send(
             kinds[kind] += 1
             own = random.Random(chance.random())
             try:
-                ending, answer = await asyncio.wait_for(KINDS[kind].send(target, own), _HANG_S)
+                ending, answer = await _within(_HANG_S, KINDS[kind].send(target, own))
             except TimeoutError:
                 report.without_end += 1
-                report.problems.append(f"{kind}: no end within {_HANG_S:g} s")
+                report.problems.append(f"{kind}: no end within {_HANG_S} s")
                 continue
             if answer is not None:
                 served.append(answer)
             _count(report, kind, ending)
 
     await asyncio.gather(*(run() for _ in range(_OPEN)))
+
+
+async def _within(seconds: int, work: Awaitable[Result]) -> Result:
+    """The result of the work; TimeoutError if it takes longer than this process has run for it.
+
+    Second by second: what stops server and clients alike, such as a suspended machine, is no hang.
+    """
+    task = asyncio.ensure_future(work)
+    for _ in range(seconds):
+        if (await asyncio.wait({task}, timeout=1.0))[0]:
+            return task.result()
+    task.cancel()
+    await asyncio.wait({task})
+    raise TimeoutError
 
 
 def _count(report: ChaosReport, kind: str, ending: Ending) -> None:
@@ -223,6 +246,15 @@ def _judge(report: ChaosReport, served: Sequence[Served]) -> None:
                     report.problems.append(f"wrong: {answer.prompt} -> {answer.tokens}")
             case "tie":
                 report.ties += 1
+
+
+async def _size_at_rest(pid: int) -> _Size:
+    """Without the connections of clients that are gone, which a server takes a moment to close."""
+    sizes = []
+    for _ in range(_LOOKS):
+        sizes.append(_size(pid))
+        await asyncio.sleep(_LOOK_S)
+    return min(sizes, key=lambda size: size.fds)
 
 
 def _size(pid: int) -> _Size:

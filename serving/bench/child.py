@@ -9,11 +9,12 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Sequence
+from contextlib import suppress
 from types import TracebackType
 
 from loongjax.errors import BenchError
 
-_END_S = 60.0
+_END_S = 120.0
 
 
 class ServerProcess:
@@ -84,13 +85,13 @@ class ServerProcess:
         return False
 
     def end(self) -> int:
-        """Asks it to end; gives its exit code."""
+        """Asks it to end; gives its exit code, which is negative if it had to be killed."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
-        try:
-            return self._process.wait(_END_S)
-        finally:
-            self._kill()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(_END_S)
+        self._kill()
+        return self._process.wait()
 
     def __enter__(self) -> ServerProcess:
         return self

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TypeAlias, cast
 
 from loongjax.errors import RequestError
+from loongjax.plan import TokenLogprobs
 from loongjax.sampling.params import SamplingParams
 from serving.stubs import inference_pb2 as pb
 
@@ -14,6 +16,7 @@ Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, str]]
 """A text; token ids; or a chat: mappings with `role` and `content`, oldest first."""
 
 _MOST_ID = 2**32
+_SAMPLING = tuple(field.name for field in pb.SamplingParams.DESCRIPTOR.fields)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,8 +28,11 @@ class Piece:
       text: What is new and final of its text.
       token_ids: The new tokens.
       finish_reason: `stop`, `length` or `abort`, in the last piece of an answer alone.
-      stop_token: The token that stopped it, or None.
+      stop_token, stop_text: What stopped it, or None.
       prompt_tokens: Tokens of the prompt, in the last piece of an answer alone.
+      logprobs: Log-probabilities at each new token, if they were asked for; else empty.
+      prompt_logprobs: Those of the prompt from its second token on, in the first piece of an
+        answer, if they were asked for; else empty.
     """
 
     index: int
@@ -34,7 +40,10 @@ class Piece:
     token_ids: tuple[int, ...]
     finish_reason: str | None = None
     stop_token: int | None = None
+    stop_text: str | None = None
     prompt_tokens: int | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +55,9 @@ class Completion:
     token_ids: tuple[int, ...]
     finish_reason: str
     stop_token: int | None
+    stop_text: str | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,32 +97,33 @@ class BatchAnswer:
 class AnswerBuilder:
     """Puts the pieces of an answer together."""
 
-    _texts: dict[int, list[str]] = field(default_factory=dict)
-    _ids: dict[int, list[int]] = field(default_factory=dict)
-    _last: dict[int, Piece] = field(default_factory=dict)
+    _pieces: dict[int, list[Piece]] = field(default_factory=dict)
 
     def add(self, piece: Piece) -> None:
         """Takes the next piece."""
-        self._texts.setdefault(piece.index, []).append(piece.text)
-        self._ids.setdefault(piece.index, []).extend(piece.token_ids)
-        if piece.finish_reason is not None:
-            self._last[piece.index] = piece
+        self._pieces.setdefault(piece.index, []).append(piece)
 
     def build(self) -> Answer:
         """The answer; every one of its completions has ended."""
+        listed = [pieces for _, pieces in sorted(self._pieces.items())]
         return Answer(
-            prompt_tokens=next(iter(self._last.values())).prompt_tokens or 0,
-            completions=tuple(
-                Completion(
-                    index=index,
-                    text="".join(self._texts[index]),
-                    token_ids=tuple(self._ids[index]),
-                    finish_reason=last.finish_reason or "",
-                    stop_token=last.stop_token,
-                )
-                for index, last in sorted(self._last.items())
-            ),
+            prompt_tokens=listed[0][-1].prompt_tokens or 0,
+            completions=tuple(map(_completion, listed)),
         )
+
+
+def _completion(pieces: Sequence[Piece]) -> Completion:
+    last = pieces[-1]
+    return Completion(
+        index=last.index,
+        text="".join(piece.text for piece in pieces),
+        token_ids=tuple(chain.from_iterable(piece.token_ids for piece in pieces)),
+        finish_reason=last.finish_reason or "",
+        stop_token=last.stop_token,
+        stop_text=last.stop_text,
+        logprobs=tuple(chain.from_iterable(piece.logprobs for piece in pieces)),
+        prompt_logprobs=tuple(chain.from_iterable(piece.prompt_logprobs for piece in pieces)),
+    )
 
 
 def to_request(
@@ -123,15 +136,9 @@ def to_request(
     """
     request = pb.GenerateRequest(request_id=request_id, prompt=to_prompt(prompt), priority=priority)
     if params is not None:
-        sampling = request.sampling
-        sampling.temperature = params.temperature
-        sampling.n = params.n
-        if params.seed is not None:
-            sampling.seed = params.seed
-        if params.max_tokens is not None:
-            sampling.max_tokens = params.max_tokens
-        sampling.stop_token_ids.extend(params.stop_token_ids)
-        sampling.ignore_eos = params.ignore_eos
+        given = {name: getattr(params, name) for name in _SAMPLING}
+        given["logit_bias"] = dict(params.biases)
+        request.sampling.CopyFrom(pb.SamplingParams(**given))  # None leaves a field unset
     return request
 
 
@@ -183,7 +190,10 @@ def to_piece(response: pb.GenerateResponse) -> Piece:
         token_ids=tuple(response.token_ids),
         finish_reason=_reason(finish) if is_last else None,
         stop_token=finish.stop_token_id if finish.HasField("stop_token_id") else None,
+        stop_text=finish.stop_text if finish.HasField("stop_text") else None,
         prompt_tokens=finish.prompt_tokens if is_last else None,
+        logprobs=_logprobs(response.logprobs),
+        prompt_logprobs=_logprobs(response.prompt_logprobs),
     )
 
 
@@ -198,8 +208,23 @@ def to_batch_answer(response: pb.GenerateBatchResponse) -> BatchAnswer:
         token_ids=tuple(response.token_ids),
         finish_reason=_reason(finish),
         stop_token=finish.stop_token_id if finish.HasField("stop_token_id") else None,
+        stop_text=finish.stop_text if finish.HasField("stop_text") else None,
+        logprobs=_logprobs(response.logprobs),
+        prompt_logprobs=_logprobs(response.prompt_logprobs),
     )
     return BatchAnswer(request=response.request, completion=completion, error=None)
+
+
+def _logprobs(messages: Iterable[pb.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:
+    return tuple(
+        TokenLogprobs(
+            each.token_id,
+            each.logprob,
+            each.rank,
+            tuple((top.token_id, top.logprob) for top in each.top),
+        )
+        for each in messages
+    )
 
 
 def _reason(finish: pb.Finish) -> str:

@@ -11,12 +11,12 @@ from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from typing import Any, TypeAlias
 from urllib.parse import unquote
-from uuid import uuid4
 
 import grpc
 from google.protobuf.message import DecodeError
 
 from loongjax.errors import LoongJaxError, RequestError
+from serving import wishes
 from serving.auth import Guard, Scope
 from serving.errors import Status, status_of
 
@@ -31,7 +31,6 @@ _SCOPES = {
 _STEERING = frozenset(
     f"/vllm.grpc.engine.VllmEngine/{name}" for name in ("StartProfile", "StopProfile")
 )
-_MOST_NAME = 256
 
 _client: ContextVar[str] = ContextVar("client")
 _log = logging.getLogger(__name__)
@@ -88,11 +87,7 @@ def request_name(asked: str, context: Context) -> str:
     Raises:
       RequestError: It is too long.
     """
-    name = asked or metadata(context).get("x-request-id") or uuid4().hex
-    if len(name) > _MOST_NAME:
-        raise RequestError(
-            f"the request id has {len(name)} characters; at most {_MOST_NAME} are taken"
-        )
+    name = wishes.request_name(asked or metadata(context).get("x-request-id"))
     # It may hold what metadata must not; the binary form takes anything.
     context.set_trailing_metadata((("x-request-id-bin", name.encode("utf-8", "replace")),))
     return name
@@ -104,11 +99,7 @@ def request_priority(context: Context) -> int:
     Raises:
       RequestError: It is not a number.
     """
-    text = metadata(context).get("x-priority", "0")
-    try:
-        return int(text)
-    except ValueError:
-        raise RequestError(f"metadata x-priority must be a whole number, not {text!r}") from None
+    return wishes.priority(metadata(context).get("x-priority"))
 
 
 async def refuse(context: Context, status: Status) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import get_args
 
 from loongjax.api.prompts import need_tokenizer
 from loongjax.engine import FinishedEvent, FinishReason
 from loongjax.errors import LoongJaxError, RequestError
+from loongjax.plan import TokenLogprobs
 from loongjax.sampling.params import SamplingParams
 from serving.errors import BusyError, status_of
 from serving.grpc.guarding import Context, client, request_name, request_priority
@@ -19,6 +21,8 @@ from serving.text import AnswerTexts, Chat, Prompt, encode
 _REASONS = {
     name: pb.FinishReason.Value(f"FINISH_REASON_{name.upper()}") for name in get_args(FinishReason)
 }
+
+_OPTIONAL = tuple(field.name for field in pb.SamplingParams.DESCRIPTOR.fields if field.has_presence)
 
 
 class InferenceServicer(pb_grpc.InferenceServicer):
@@ -37,12 +41,16 @@ class InferenceServicer(pb_grpc.InferenceServicer):
             time_left_s=context.time_remaining(),
         )
         async with self._service.answer(call) as answers:
-            texts = AnswerTexts(self._service.built.tokenizer)
+            texts = AnswerTexts(self._service.built.tokenizer, call.params)
             counts: dict[int, int] = {}
             async for piece in self._service.progress(answers):
                 counts[piece.sample] = counts.get(piece.sample, 0) + len(piece.token_ids)
                 response = pb.GenerateResponse(
-                    index=piece.sample, token_ids=piece.token_ids, text=texts.push(piece)
+                    index=piece.sample,
+                    token_ids=piece.token_ids,
+                    text=texts.push(piece),
+                    logprobs=_logprobs(piece.logprobs),
+                    prompt_logprobs=_logprobs(piece.prompt_logprobs),
                 )
                 if piece.end is not None:
                     finish = _finish(answers, piece.end, counts[piece.sample])
@@ -52,10 +60,16 @@ class InferenceServicer(pb_grpc.InferenceServicer):
     async def GenerateBatch(self, request: pb.GenerateBatchRequest, context: Context) -> None:
         name = request_name("", context)
         batch = _Batch(self._service, context)
+        left = iter(enumerate(request.requests))
+
+        async def work() -> None:
+            for place, each in left:
+                await batch.answer(place, each, each.request_id or f"{name}/{place}")
+
+        # No more tasks than can have a turn at once, however many requests a message holds.
         async with asyncio.TaskGroup() as tasks:
-            for place, each in enumerate(request.requests):
-                own = each.request_id or f"{name}/{place}"
-                tasks.create_task(batch.answer(place, each, name=own, client=client()))
+            for _ in range(min(len(request.requests), self._service.limits.max_requests)):
+                tasks.create_task(work())
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         prompt, tokenizer = _prompt(request.prompt), need_tokenizer(self._service.built.tokenizer)
@@ -84,25 +98,23 @@ class _Batch:
     def __init__(self, service: Service, context: Context) -> None:
         self._service = service
         self._context = context
-        self._places = asyncio.Semaphore(service.limits.max_requests)
+        self._client = client()
         self._lock = asyncio.Lock()
 
-    async def answer(
-        self, place: int, request: pb.GenerateRequest, *, name: str, client: str
-    ) -> None:
+    async def answer(self, place: int, request: pb.GenerateRequest, name: str) -> None:
         """Answers one of them; what is wrong with it stands in its result."""
         try:
-            async with self._places:
-                call = to_call(
-                    request,
-                    name=name,
-                    client=client,
-                    priority=request.priority or request_priority(self._context),
-                    time_left_s=self._context.time_remaining(),
-                )
-                await self._answer_in_the_end(place, call)
+            call = to_call(
+                request,
+                name=name,
+                client=self._client,
+                priority=request.priority or request_priority(self._context),
+                time_left_s=self._context.time_remaining(),
+            )
+            await self._answer_in_the_end(place, call)
         except LoongJaxError as error:
-            reason = f"{status_of(error).grpc.name}: {error}"
+            status = status_of(error)
+            reason = f"{status.grpc.name}: {status.message}"
             finish = pb.Finish(reason=pb.FINISH_REASON_ERROR, error=reason)
             await self._send(pb.GenerateBatchResponse(request=place, finish=finish))
 
@@ -110,27 +122,25 @@ class _Batch:
         while True:
             try:
                 async with self._service.answer(call) as answers:
-                    await self._send_all(place, answers)
+                    await self._send_all(place, answers, call.params)
                 return
             except BusyError as error:
                 await asyncio.sleep(error.retry_after_s)
 
-    async def _send_all(self, place: int, answers: Answers) -> None:
-        texts = AnswerTexts(self._service.built.tokenizer)
-        ids: dict[int, list[int]] = {}
-        said: dict[int, list[str]] = {}
+    async def _send_all(self, place: int, answers: Answers, params: SamplingParams) -> None:
+        texts = AnswerTexts(self._service.built.tokenizer, params)
+        whole = [
+            pb.GenerateBatchResponse(request=place, index=sample) for sample in range(params.n)
+        ]
         async for piece in self._service.progress(answers):
-            ids.setdefault(piece.sample, []).extend(piece.token_ids)
-            said.setdefault(piece.sample, []).append(texts.push(piece))
+            response = whole[piece.sample]
+            response.token_ids.extend(piece.token_ids)
+            response.text += texts.push(piece)
+            response.logprobs.extend(_logprobs(piece.logprobs))
+            response.prompt_logprobs.extend(_logprobs(piece.prompt_logprobs))
             if piece.end is not None:
-                token_ids = ids.pop(piece.sample)
-                response = pb.GenerateBatchResponse(
-                    request=place,
-                    index=piece.sample,
-                    token_ids=token_ids,
-                    text="".join(said.pop(piece.sample)),
-                    finish=_finish(answers, piece.end, len(token_ids)),
-                )
+                finish = _finish(answers, piece.end, len(response.token_ids))
+                response.finish.CopyFrom(finish)
                 await self._send(response)
 
     async def _send(self, response: pb.GenerateBatchResponse) -> None:
@@ -156,23 +166,36 @@ def to_call(
         client=client,
         protocol="grpc",
         prompt=_prompt(request.prompt),
-        params=_params(request.sampling),
+        params=to_params(request.sampling),
         priority=priority,
         time_left_s=time_left_s,
     )
 
 
-def _params(sampling: pb.SamplingParams) -> SamplingParams:
-    given = {
-        field: getattr(sampling, field)
-        for field in ("temperature", "n", "seed", "max_tokens")
-        if sampling.HasField(field)
-    }
+def to_params(sampling: pb.SamplingParams) -> SamplingParams:
+    """The parameters that a message describes; raises as `to_call`."""
+    given = {field: getattr(sampling, field) for field in _OPTIONAL if sampling.HasField(field)}
     return SamplingParams(
         **given,
+        logit_bias=dict(sampling.logit_bias),
+        min_tokens=sampling.min_tokens,
+        stop=tuple(sampling.stop),
         stop_token_ids=tuple(sampling.stop_token_ids),
+        include_stop_str_in_output=sampling.include_stop_str_in_output,
         ignore_eos=sampling.ignore_eos,
     )
+
+
+def _logprobs(logprobs: Iterable[TokenLogprobs]) -> list[pb.TokenLogprobs]:
+    return [
+        pb.TokenLogprobs(
+            token_id=each.token,
+            logprob=each.logprob,
+            rank=each.rank,
+            top=[pb.TopLogprob(token_id=token, logprob=value) for token, value in each.top],
+        )
+        for each in logprobs
+    ]
 
 
 def _prompt(prompt: pb.Prompt) -> Prompt:
@@ -200,4 +223,6 @@ def _finish(answers: Answers, end: FinishedEvent, tokens: int) -> pb.Finish:
     )
     if end.stop_token is not None:
         finish.stop_token_id = end.stop_token
+    if end.stop_text is not None:
+        finish.stop_text = end.stop_text
     return finish

@@ -11,6 +11,7 @@ import hashlib
 import io
 import time
 import zipfile
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from smg_grpc_proto import vllm_engine_pb2 as pb
@@ -21,12 +22,15 @@ from loongjax import __version__
 from loongjax.api.prompts import need_tokenizer
 from loongjax.engine import FinishedEvent
 from loongjax.errors import RequestError
+from loongjax.plan import TokenLogprobs
 from loongjax.text.export import tokenizer_files
 from serving.errors import UnsupportedError, status_of
 from serving.grpc.guarding import Context, client, refuse, request_name, request_priority
+from serving.grpc.vllm_logprobs import input_logprobs, output_logprobs
 from serving.grpc.vllm_request import to_call
 from serving.profiling import Profiler
 from serving.service import Answers, Service
+from serving.stream import Progress
 
 SERVER_TYPE = "loongjax"
 _CHUNK_BYTES = 2**20
@@ -54,28 +58,30 @@ class VllmEngineServicer(pb_grpc.VllmEngineServicer):
                 await self._complete(answers, context)
 
     async def _stream(self, answers: Answers, context: Context) -> None:
-        said: dict[int, list[int]] = {}
+        said: dict[int, _Said] = {}
         async for piece in self._service.progress(answers):
-            ids = said.setdefault(piece.sample, [])
-            ids += piece.token_ids
+            so_far = said.setdefault(piece.sample, _Said())
+            so_far.add(piece)
             if piece.token_ids:
                 chunk = pb.GenerateStreamChunk(
                     token_ids=piece.token_ids,
                     prompt_tokens=answers.prompt_tokens,
-                    completion_tokens=len(ids),
+                    completion_tokens=len(so_far.token_ids),
                     index=piece.sample,
+                    output_logprobs=output_logprobs(piece.logprobs),
+                    input_logprobs=input_logprobs(piece.prompt_logprobs, answers.first_token),
                 )
                 await context.write(pb.GenerateResponse(chunk=chunk))
             if piece.end is not None:
-                await context.write(_complete(answers, piece.sample, ids, piece.end))
+                await context.write(_complete(answers, piece.sample, so_far, piece.end))
 
     async def _complete(self, answers: Answers, context: Context) -> None:
-        said: dict[int, list[int]] = {}
+        said: dict[int, _Said] = {}
         async for piece in self._service.progress(answers):
-            ids = said.setdefault(piece.sample, [])
-            ids += piece.token_ids
+            so_far = said.setdefault(piece.sample, _Said())
+            so_far.add(piece)
             if piece.end is not None:
-                await context.write(_complete(answers, piece.sample, ids, piece.end))
+                await context.write(_complete(answers, piece.sample, so_far, piece.end))
 
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
         for name in request.request_ids:
@@ -187,9 +193,9 @@ class VllmEngineServicer(pb_grpc.VllmEngineServicer):
     async def StartProfile(
         self, request: common_pb2.StartProfileRequest, context: Context
     ) -> common_pb2.ProfileResponse:
-        for field, value in request.ListFields():
+        for named, value in request.ListFields():
             raise RequestError(
-                f"{field.name} is not supported, and {value} was asked for; a profile begins at "
+                f"{named.name} is not supported, and {value} was asked for; a profile begins at "
                 "once, goes on until StopProfile, and lies where the server was told to write it"
             )
         folder = await self._profiler.start()
@@ -206,16 +212,34 @@ async def _unsupported(context: Context, message: str) -> None:
     await refuse(context, status_of(UnsupportedError(message)))
 
 
+@dataclass(kw_only=True, slots=True)
+class _Said:
+    """What came of an answer so far."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    def add(self, piece: Progress) -> None:
+        self.token_ids += piece.token_ids
+        self.logprobs += piece.logprobs
+        self.prompt_logprobs += piece.prompt_logprobs
+
+
 def _complete(
-    answers: Answers, sample: int, ids: list[int], end: FinishedEvent
+    answers: Answers, sample: int, said: _Said, end: FinishedEvent
 ) -> pb.GenerateResponse:
     complete = pb.GenerateComplete(
-        output_ids=ids,
+        output_ids=said.token_ids,
+        output_logprobs=output_logprobs(said.logprobs),
+        input_logprobs=input_logprobs(said.prompt_logprobs, answers.first_token),
         finish_reason=end.reason,
         prompt_tokens=answers.prompt_tokens,
-        completion_tokens=len(ids),
+        completion_tokens=len(said.token_ids),
         index=sample,
     )
     if end.stop_token is not None:
         complete.matched_token_id = end.stop_token
+    if end.stop_text is not None:
+        complete.matched_stop_str = end.stop_text
     return pb.GenerateResponse(complete=complete)

@@ -1,14 +1,16 @@
 """A `GenerateRequest` of `vllm.grpc.engine` as a `Call`: the one place that knows its fields.
 
-proto3 has no "unset" for plain fields: their zero means that the client said nothing, and so do
-values that change nothing (`top_p` 1). Everything else is honoured, or refused by name.
+proto3 has no "unset" for plain fields: their zero means that the client said nothing. Everything
+else is honoured, or refused by name.
 
-Without effect here, whatever they say: `skip_special_tokens`, `spaces_between_special_tokens` and
-`include_stop_str_in_output` (answers are token ids; the client makes text of them), and
-`grammar_from_first_token` (grammars are refused).
+Without effect here, whatever they say: `skip_special_tokens` and `spaces_between_special_tokens`
+(answers are token ids; the client makes text of them; `include_stop_str_in_output` too, for it),
+and `grammar_from_first_token` (grammars are refused).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from smg_grpc_proto import vllm_engine_pb2 as pb
 
@@ -17,19 +19,18 @@ from loongjax.sampling.params import SamplingParams
 from serving.errors import UnsupportedError
 from serving.service import Call
 
-# Fields without presence, and the values that ask for nothing.
-_NEUTRAL: dict[str, tuple[float, ...]] = {
-    "top_p": (0.0, 1.0),
-    "top_k": (0,),
-    "min_p": (0.0,),
-    "frequency_penalty": (0.0,),
-    "presence_penalty": (0.0,),
-    "repetition_penalty": (0.0, 1.0),
-    "min_tokens": (0,),
+# Fields without presence, and what their zero stands for.
+_UNSET = {
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "min_tokens": 0,
+    "n": 1,
 }
-# Fields that ask for something as soon as they are there.
-_REPEATED = ("stop", "logit_bias")
-_OPTIONAL = ("logprobs", "prompt_logprobs", "truncate_prompt_tokens")
+_OPTIONAL = ("temperature", "seed", "max_tokens", "logprobs", "prompt_logprobs")
 _OTHER_INPUTS = ("kv_transfer_params", "kv_transfer_params_json", "mm_inputs", "media_refs")
 
 
@@ -70,24 +71,26 @@ def to_sampling_params(params: pb.SamplingParams) -> SamplingParams:
         raise UnsupportedError(
             f"sampling_params.{constraint}: answers cannot be held to a grammar; leave it out"
         )
-    for field, neutral in _NEUTRAL.items():
-        value = getattr(params, field)
-        if value not in neutral:
-            raise _not_honoured(field, f"{value:g}", f"{neutral[-1]:g} is the same as unset")
-    for field in _REPEATED:
-        if entries := getattr(params, field):
-            raise _not_honoured(field, f"{len(entries)} of it", "leave it empty")
-    for field in _OPTIONAL:
-        if params.HasField(field):
-            raise _not_honoured(field, f"{getattr(params, field)}", "leave it unset")
-    return SamplingParams(
-        temperature=params.temperature if params.HasField("temperature") else 1.0,
-        n=params.n or 1,
-        seed=params.seed if params.HasField("seed") else None,
-        max_tokens=params.max_tokens if params.HasField("max_tokens") else None,
-        stop_token_ids=tuple(params.stop_token_ids),
-        ignore_eos=params.ignore_eos,
-    )
+    if params.HasField("truncate_prompt_tokens"):
+        raise RequestError(
+            "sampling_params.truncate_prompt_tokens is not supported, and "
+            f"{params.truncate_prompt_tokens} was asked for; leave it unset, and send less"
+        )
+    given: dict[str, Any] = {
+        field: getattr(params, field) or unset for field, unset in _UNSET.items()
+    }
+    given |= {field: getattr(params, field) for field in _OPTIONAL if params.HasField(field)}
+    try:
+        return SamplingParams(
+            **given,
+            logit_bias=dict(params.logit_bias),
+            stop=tuple(params.stop),
+            stop_token_ids=tuple(params.stop_token_ids),
+            include_stop_str_in_output=params.include_stop_str_in_output,
+            ignore_eos=params.ignore_eos,
+        )
+    except RequestError as error:
+        raise RequestError(f"sampling_params: {error}") from None
 
 
 def _prompt(request: pb.GenerateRequest) -> str | tuple[int, ...]:
@@ -108,9 +111,3 @@ def _refuse_other_inputs(request: pb.GenerateRequest) -> None:
             f"data_parallel_rank must be 0 or unset, not {request.data_parallel_rank}: this server "
             "spreads requests over its instances by itself"
         )
-
-
-def _not_honoured(field: str, value: str, way_out: str) -> RequestError:
-    return RequestError(
-        f"sampling_params.{field} is not supported yet, and {value} was asked for; {way_out}"
-    )

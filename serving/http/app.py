@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Annotated, Any
-from uuid import uuid4
 
 from fastapi import Body, FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
@@ -15,6 +14,7 @@ from loongjax import __version__
 from loongjax.api.prompts import need_tokenizer
 from loongjax.errors import EngineClosedError, RequestError
 from loongjax.sampling.params import SamplingParams
+from serving import wishes
 from serving.auth import Guard
 from serving.errors import AbsentError, DrainingError
 from serving.http import schemas
@@ -22,12 +22,12 @@ from serving.http.choices import ChoicePiece, choices
 from serving.http.door import Door, unless_gone
 from serving.http.errors import add_handlers
 from serving.http.events import EventStream
+from serving.http.logprobs import LogprobWriter
 from serving.http.wording import Answer, Kind
 from serving.metrics import CONTENT_TYPE, Metrics
 from serving.service import Call, Service
 from serving.text import Chat, Prompt, encode
 
-_MOST_NAME = 256
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": schemas.ErrorResponse},
     "5XX": {"model": schemas.ErrorResponse},
@@ -58,12 +58,13 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         _check_model(service, body.model)
         if body.stream_options is not None and not body.stream:
             raise RequestError("stream_options needs stream: true")
-        name = _name(request)
+        name = wishes.request_name(request.headers.get("x-request-id"))
         calls = _calls(request, name, prompts, params, body.priority)
         told = Answer(
             id=name,
             kind=kind,
             model=service.model_name,
+            writer=LogprobWriter(tokenizer=service.built.tokenizer),
             with_ids=bool(body.return_token_ids),
             with_usage=bool(body.stream_options and body.stream_options.include_usage),
         )
@@ -168,15 +169,6 @@ def _check_model(service: Service, model: str | None) -> None:
         )
 
 
-def _name(request: Request) -> str:
-    name = request.headers.get("x-request-id") or uuid4().hex
-    if len(name) > _MOST_NAME:
-        raise RequestError(
-            f"x-request-id has {len(name)} characters; at most {_MOST_NAME} are taken"
-        )
-    return name
-
-
 def _calls(
     request: Request,
     name: str,
@@ -185,11 +177,7 @@ def _calls(
     priority: int | None,
 ) -> list[Call]:
     if priority is None:
-        text = request.headers.get("x-priority", "0")
-        try:
-            priority = int(text)
-        except ValueError:
-            raise RequestError(f"x-priority must be a whole number, not {text!r}") from None
+        priority = wishes.priority(request.headers.get("x-priority"))
     return [
         Call(
             name=name if len(prompts) == 1 else f"{name}/{place}",

@@ -8,6 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from loongjax.engine import FinishReason
+from loongjax.plan import TokenLogprobs
 from serving.service import Call, Service
 from serving.text import AnswerTexts
 
@@ -20,6 +21,7 @@ class ChoicePiece:
       index: Which one: prompts in their order, the answers to each together.
       text: What is new and final of its text.
       token_ids: New tokens.
+      logprobs, prompt_logprobs: As `TokensEvent` has them.
       prompt_tokens: Of its prompt.
       finish_reason: Why it ended; None: it goes on.
     """
@@ -27,6 +29,8 @@ class ChoicePiece:
     index: int
     text: str
     token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+    prompt_logprobs: tuple[TokenLogprobs, ...]
     prompt_tokens: int
     finish_reason: FinishReason | None
 
@@ -66,13 +70,15 @@ async def _collect(
 
 async def _of_call(service: Service, call: Call, first: int) -> AsyncGenerator[ChoicePiece, None]:
     async with service.answer(call) as answers:
-        texts = AnswerTexts(service.built.tokenizer)
+        texts = AnswerTexts(service.built.tokenizer, call.params)
         async with aclosing(service.progress(answers)) as progress:
             async for piece in progress:
                 yield ChoicePiece(
                     index=first + piece.sample,
                     text=texts.push(piece),
                     token_ids=piece.token_ids,
+                    logprobs=piece.logprobs,
+                    prompt_logprobs=piece.prompt_logprobs,
                     prompt_tokens=answers.prompt_tokens,
                     finish_reason=None if piece.end is None else piece.end.reason,
                 )

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from loongjax.errors import LoongJaxError
-from serving.errors import Status, status_of
+from serving.errors import Status, brief, status_of
 
 _BAD_REQUEST = 400
 
@@ -32,7 +32,8 @@ def add_handlers(app: FastAPI) -> None:
 def error_body(message: str, code: str, param: str | None = None) -> dict[str, Any]:
     """The body of an error."""
     kind = "invalid_request_error" if code == "invalid_argument" else code
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    field = None if param is None else brief(param)
+    return {"error": {"message": brief(message), "type": kind, "param": field, "code": code}}
 
 
 def error_response(status: Status) -> JSONResponse:

@@ -14,12 +14,31 @@ from pydantic import BaseModel, ConfigDict, Field
 from loongjax.errors import RequestError
 from loongjax.sampling.params import SamplingParams
 
-_Zero = Annotated[float, Field(ge=0, le=0)]
-_One = Annotated[float, Field(ge=1, le=1)]
-_Empty = Annotated[list[str], Field(max_length=0)]
+_Penalty = Annotated[float, Field(ge=-2, le=2)]
+_Logprobs = Annotated[int, Field(ge=0, le=20)]
+_Stop = Annotated[str, Field(min_length=1)]
+_WrittenId = Annotated[str, Field(pattern=r"^\d+$")]
 _TokenId = Annotated[int, Field(ge=0)]
 _TokenIds = Annotated[list[_TokenId], Field(min_length=1)]
 _MOST_PROMPTS = 64
+_SAMPLING = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "frequency_penalty",
+    "presence_penalty",
+    "repetition_penalty",
+    "n",
+    "seed",
+    "min_tokens",
+    "stop",
+    "stop_token_ids",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "prompt_logprobs",
+)
+"""Fields that have the same name and meaning in `SamplingParams`."""
 
 
 class _Body(BaseModel):
@@ -37,25 +56,28 @@ class _Generation(_Body):
 
     model: str
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    frequency_penalty: _Penalty | None = None
+    presence_penalty: _Penalty | None = None
+    logit_bias: dict[_WrittenId, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    stop: _Stop | list[_Stop] | None = Field(default=None, description="what ends the answer")
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = Field(default=None, description="without effect")
     # vLLM's extensions
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    include_stop_str_in_output: bool = False
+    prompt_logprobs: _Logprobs | None = Field(default=None, description="with each choice")
     ignore_eos: bool = False
     stop_token_ids: list[_TokenId] | None = None
     priority: int | None = Field(default=None, description="higher is served earlier")
     return_token_ids: bool | None = Field(default=None, description="with each choice")
     # Not honoured yet
-    top_p: _One | None = None
-    top_k: Annotated[int, Field(ge=-1, le=0)] | None = None
-    min_p: _Zero | None = None
-    frequency_penalty: _Zero | None = None
-    presence_penalty: _Zero | None = None
-    repetition_penalty: _One | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
-    stop: _Empty | None = None
     service_tier: Literal["auto", "default"] | None = None
     metadata: Annotated[dict[str, str], Field(max_length=0)] | None = None
 
@@ -65,14 +87,17 @@ class _Generation(_Body):
         Raises:
           RequestError: A value is out of range.
         """
+        given = {name: getattr(self, name) for name in _SAMPLING}
         return SamplingParams(
-            temperature=1.0 if self.temperature is None else self.temperature,
-            n=self.n or 1,
-            seed=self.seed,
+            **{name: value for name, value in given.items() if value is not None},
+            logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
             max_tokens=max_tokens,
-            stop_token_ids=tuple(self.stop_token_ids or ()),
-            ignore_eos=self.ignore_eos,
+            logprobs=self.wanted_logprobs(),
         )
+
+    def wanted_logprobs(self) -> int | None:
+        """Likely tokens that are to be told of at each place of an answer."""
+        raise NotImplementedError
 
 
 class CompletionRequest(_Generation):
@@ -85,11 +110,15 @@ class CompletionRequest(_Generation):
         | Annotated[list[_TokenIds], Field(min_length=1, max_length=_MOST_PROMPTS)]
     )
     max_tokens: Annotated[int, Field(ge=1)] | None = Field(default=16)
+    logprobs: _Logprobs | None = None
     # Not honoured yet
     best_of: Annotated[int, Field(ge=1, le=1)] | None = None
     echo: Literal[False] | None = None
     suffix: Annotated[str, Field(max_length=0)] | None = None
-    logprobs: None = None
+
+    def wanted_logprobs(self) -> int | None:
+        """See `_Generation`."""
+        return self.logprobs
 
     def sampling(self) -> SamplingParams:
         """As `params`."""
@@ -125,9 +154,9 @@ class ChatRequest(_Generation):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: _Logprobs | None = None
     # Not honoured yet
-    logprobs: Literal[False] | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
     response_format: dict[Literal["type"], Literal["text"]] | None = None
     tools: Annotated[list[dict[str, Any]], Field(max_length=0)] | None = None
     tool_choice: Literal["none"] | None = None
@@ -139,6 +168,16 @@ class ChatRequest(_Generation):
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise RequestError("give max_completion_tokens or max_tokens, not both")
         return self.params(self.max_completion_tokens or self.max_tokens)
+
+    def wanted_logprobs(self) -> int | None:
+        """See `_Generation`.
+
+        Raises:
+          RequestError: `top_logprobs` without `logprobs`.
+        """
+        if self.top_logprobs is not None and not self.logprobs:
+            raise RequestError("top_logprobs needs logprobs: true")
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class TokenizeRequest(_Body):
@@ -194,13 +233,31 @@ class Usage(BaseModel):
     total_tokens: int
 
 
+class CompletionLogprobs(BaseModel):
+    """Log-probabilities at the tokens of a completion."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class PromptLogprob(BaseModel):
+    """Log-probability of a token of the prompt."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
 class CompletionChoice(BaseModel):
     """An answer."""
 
     index: int
     text: str
     finish_reason: str | None
-    logprobs: None = None
+    logprobs: CompletionLogprobs | None = None
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
     token_ids: list[int] | None = None
 
 
@@ -215,13 +272,34 @@ class CompletionResponse(BaseModel):
     usage: Usage | None
 
 
+class TopLogprob(BaseModel):
+    """Log-probability of a token."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatLogprob(TopLogprob):
+    """Log-probabilities at one token of an answer."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    """Log-probabilities at the tokens of an answer."""
+
+    content: list[ChatLogprob]
+
+
 class ChatChoice(BaseModel):
     """An answer."""
 
     index: int
     message: dict[str, str | None]
     finish_reason: str | None
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
     token_ids: list[int] | None = None
 
 

@@ -64,7 +64,8 @@ class HttpServer:
 
     async def stop(self, grace_s: float) -> None:
         """Takes no more requests; what is open after `grace_s` is cancelled."""
-        self._server.config.timeout_graceful_shutdown = max(1, round(grace_s))
+        # Declared as whole seconds, and used as any number of them.
+        self._server.config.timeout_graceful_shutdown = grace_s  # type: ignore[assignment]
         self._server.should_exit = True
         if self._task is not None:
             await self._task

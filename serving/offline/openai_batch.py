@@ -21,6 +21,7 @@ from loongjax.offline.task import Answer, Name, Prompt, Task, as_name
 from serving.http import schemas, wording
 from serving.http.choices import ChoicePiece
 from serving.http.errors import explain
+from serving.http.logprobs import LogprobWriter
 
 _KINDS: Mapping[str, wording.Kind] = {
     "/v1/chat/completions": "chat.completion",
@@ -71,11 +72,17 @@ class OpenAIBatchFormat:
             raise RequestError(f"body: model {body.model!r} is not here; {self.model!r} is")
         if body.stream:
             raise RequestError("body: stream is not supported; a result is written whole")
+        params = body.sampling()
+        if params.logprobs is not None or params.prompt_logprobs is not None:
+            raise RequestError(
+                "body: logprobs are not written to OpenAI's files; lines with prompt or messages "
+                "of their own have them"
+            )
         return Task(
             line=record.line,
             name=name,
             prompt=_prompt(body),
-            params=body.sampling(),
+            params=params,
             asked=(kind, body),
         )
 
@@ -87,6 +94,7 @@ class OpenAIBatchFormat:
             id=f"{'chatcmpl' if kind == 'chat.completion' else 'cmpl'}-{name}",
             kind=kind,
             model=body.model,
+            writer=LogprobWriter(tokenizer=None),
             with_ids=bool(body.return_token_ids),
         )
         pieces = [
@@ -94,6 +102,8 @@ class OpenAIBatchFormat:
                 index=each.index,
                 text=each.text or "",
                 token_ids=each.token_ids,
+                logprobs=(),
+                prompt_logprobs=(),
                 prompt_tokens=answer.prompt_tokens,
                 finish_reason=each.finish_reason,
             )

@@ -62,9 +62,12 @@ class ServerBackend:
                     text=each.text,
                     finish_reason=cast(FinishReason, each.finish_reason),
                     stop_token=each.stop_token,
+                    stop_text=each.stop_text,
+                    logprobs=None if params.logprobs is None else each.logprobs,
                 )
                 for each in whole.completions
             ),
+            prompt_logprobs=whole.completions[0].prompt_logprobs,
         )
 
 

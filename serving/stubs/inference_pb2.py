@@ -24,15 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bloongjax/v1/inference.proto\x12\x0bloongjax.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"2\n\x04\x43hat\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.loongjax.v1.ChatMessage\"o\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x15.loongjax.v1.TokenIdsH\x00\x12!\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x11.loongjax.v1.ChatH\x00\x42\x06\n\x04kind\"\xc0\x01\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x0e\n\x01n\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x11\n\x04seed\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x05 \x03(\r\x12\x12\n\nignore_eos\x18\x06 \x01(\x08\x42\x0e\n\x0c_temperatureB\x04\n\x02_nB\x07\n\x05_seedB\r\n\x0b_max_tokens\"\x8b\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12#\n\x06prompt\x18\x02 \x01(\x0b\x32\x13.loongjax.v1.Prompt\x12-\n\x08sampling\x18\x03 \x01(\x0b\x32\x1b.loongjax.v1.SamplingParams\x12\x10\n\x08priority\x18\x04 \x01(\x05\"\xa2\x01\n\x06\x46inish\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.loongjax.v1.FinishReason\x12\x1a\n\rstop_token_id\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x05 \x01(\rB\x10\n\x0e_stop_token_id\"g\n\x10GenerateResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12#\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x13.loongjax.v1.Finish\"F\n\x14GenerateBatchRequest\x12.\n\x08requests\x18\x01 \x03(\x0b\x32\x1c.loongjax.v1.GenerateRequest\"}\n\x15GenerateBatchResponse\x12\x0f\n\x07request\x18\x01 \x01(\r\x12\r\n\x05index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\x12#\n\x06\x66inish\x18\x05 \x01(\x0b\x32\x13.loongjax.v1.Finish\"K\n\x0fTokenizeRequest\x12#\n\x06prompt\x18\x01 \x01(\x0b\x32\x13.loongjax.v1.Prompt\x12\x13\n\x0b\x61\x64\x64_special\x18\x02 \x01(\x08\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"<\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x14\n\x0ckeep_special\x18\x02 \x01(\x08\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t*\x91\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x32\xc8\x02\n\tInference\x12I\n\x08Generate\x12\x1c.loongjax.v1.GenerateRequest\x1a\x1d.loongjax.v1.GenerateResponse0\x01\x12X\n\rGenerateBatch\x12!.loongjax.v1.GenerateBatchRequest\x1a\".loongjax.v1.GenerateBatchResponse0\x01\x12G\n\x08Tokenize\x12\x1c.loongjax.v1.TokenizeRequest\x1a\x1d.loongjax.v1.TokenizeResponse\x12M\n\nDetokenize\x12\x1e.loongjax.v1.DetokenizeRequest\x1a\x1f.loongjax.v1.DetokenizeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bloongjax/v1/inference.proto\x12\x0bloongjax.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"2\n\x04\x43hat\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.loongjax.v1.ChatMessage\"o\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x15.loongjax.v1.TokenIdsH\x00\x12!\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x11.loongjax.v1.ChatH\x00\x42\x06\n\x04kind\"\xca\x05\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x0e\n\x01n\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x11\n\x04seed\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x05 \x03(\r\x12\x12\n\nignore_eos\x18\x06 \x01(\x08\x12\x12\n\x05top_k\x18\x07 \x01(\rH\x04\x88\x01\x01\x12\x12\n\x05top_p\x18\x08 \x01(\x02H\x05\x88\x01\x01\x12\x12\n\x05min_p\x18\t \x01(\x02H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\n \x01(\x02H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0b \x01(\x02H\x08\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0c \x01(\x02H\t\x88\x01\x01\x12>\n\nlogit_bias\x18\r \x03(\x0b\x32*.loongjax.v1.SamplingParams.LogitBiasEntry\x12\x12\n\nmin_tokens\x18\x0e \x01(\r\x12\x0c\n\x04stop\x18\x0f \x03(\t\x12\"\n\x1ainclude_stop_str_in_output\x18\x10 \x01(\x08\x12\x15\n\x08logprobs\x18\x11 \x01(\rH\n\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x12 \x01(\rH\x0b\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x04\n\x02_nB\x07\n\x05_seedB\r\n\x0b_max_tokensB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\x8b\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12#\n\x06prompt\x18\x02 \x01(\x0b\x32\x13.loongjax.v1.Prompt\x12-\n\x08sampling\x18\x03 \x01(\x0b\x32\x1b.loongjax.v1.SamplingParams\x12\x10\n\x08priority\x18\x04 \x01(\x05\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"f\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12$\n\x03top\x18\x04 \x03(\x0b\x32\x17.loongjax.v1.TopLogprob\"\xc8\x01\n\x06\x46inish\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.loongjax.v1.FinishReason\x12\x1a\n\rstop_token_id\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x05 \x01(\r\x12\x16\n\tstop_text\x18\x06 \x01(\tH\x01\x88\x01\x01\x42\x10\n\x0e_stop_token_idB\x0c\n\n_stop_text\"\xca\x01\n\x10GenerateResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12#\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x13.loongjax.v1.Finish\x12,\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1a.loongjax.v1.TokenLogprobs\x12\x33\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32\x1a.loongjax.v1.TokenLogprobs\"F\n\x14GenerateBatchRequest\x12.\n\x08requests\x18\x01 \x03(\x0b\x32\x1c.loongjax.v1.GenerateRequest\"\xe0\x01\n\x15GenerateBatchResponse\x12\x0f\n\x07request\x18\x01 \x01(\r\x12\r\n\x05index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\x12#\n\x06\x66inish\x18\x05 \x01(\x0b\x32\x13.loongjax.v1.Finish\x12,\n\x08logprobs\x18\x06 \x03(\x0b\x32\x1a.loongjax.v1.TokenLogprobs\x12\x33\n\x0fprompt_logprobs\x18\x07 \x03(\x0b\x32\x1a.loongjax.v1.TokenLogprobs\"K\n\x0fTokenizeRequest\x12#\n\x06prompt\x18\x01 \x01(\x0b\x32\x13.loongjax.v1.Prompt\x12\x13\n\x0b\x61\x64\x64_special\x18\x02 \x01(\x08\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"<\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x14\n\x0ckeep_special\x18\x02 \x01(\x08\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t*\x91\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x32\xc8\x02\n\tInference\x12I\n\x08Generate\x12\x1c.loongjax.v1.GenerateRequest\x1a\x1d.loongjax.v1.GenerateResponse0\x01\x12X\n\rGenerateBatch\x12!.loongjax.v1.GenerateBatchRequest\x1a\".loongjax.v1.GenerateBatchResponse0\x01\x12G\n\x08Tokenize\x12\x1c.loongjax.v1.TokenizeRequest\x1a\x1d.loongjax.v1.TokenizeResponse\x12M\n\nDetokenize\x12\x1e.loongjax.v1.DetokenizeRequest\x1a\x1f.loongjax.v1.DetokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'loongjax.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1301
-  _globals['_FINISHREASON']._serialized_end=1446
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_FINISHREASON']._serialized_start=2214
+  _globals['_FINISHREASON']._serialized_end=2359
   _globals['_TOKENIDS']._serialized_start=44
   _globals['_TOKENIDS']._serialized_end=67
   _globals['_CHATMESSAGE']._serialized_start=69
@@ -42,25 +44,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PROMPT']._serialized_start=167
   _globals['_PROMPT']._serialized_end=278
   _globals['_SAMPLINGPARAMS']._serialized_start=281
-  _globals['_SAMPLINGPARAMS']._serialized_end=473
-  _globals['_GENERATEREQUEST']._serialized_start=476
-  _globals['_GENERATEREQUEST']._serialized_end=615
-  _globals['_FINISH']._serialized_start=618
-  _globals['_FINISH']._serialized_end=780
-  _globals['_GENERATERESPONSE']._serialized_start=782
-  _globals['_GENERATERESPONSE']._serialized_end=885
-  _globals['_GENERATEBATCHREQUEST']._serialized_start=887
-  _globals['_GENERATEBATCHREQUEST']._serialized_end=957
-  _globals['_GENERATEBATCHRESPONSE']._serialized_start=959
-  _globals['_GENERATEBATCHRESPONSE']._serialized_end=1084
-  _globals['_TOKENIZEREQUEST']._serialized_start=1086
-  _globals['_TOKENIZEREQUEST']._serialized_end=1161
-  _globals['_TOKENIZERESPONSE']._serialized_start=1163
-  _globals['_TOKENIZERESPONSE']._serialized_end=1200
-  _globals['_DETOKENIZEREQUEST']._serialized_start=1202
-  _globals['_DETOKENIZEREQUEST']._serialized_end=1262
-  _globals['_DETOKENIZERESPONSE']._serialized_start=1264
-  _globals['_DETOKENIZERESPONSE']._serialized_end=1298
-  _globals['_INFERENCE']._serialized_start=1449
-  _globals['_INFERENCE']._serialized_end=1777
+  _globals['_SAMPLINGPARAMS']._serialized_end=995
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=772
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=820
+  _globals['_GENERATEREQUEST']._serialized_start=998
+  _globals['_GENERATEREQUEST']._serialized_end=1137
+  _globals['_TOPLOGPROB']._serialized_start=1139
+  _globals['_TOPLOGPROB']._serialized_end=1186
+  _globals['_TOKENLOGPROBS']._serialized_start=1188
+  _globals['_TOKENLOGPROBS']._serialized_end=1290
+  _globals['_FINISH']._serialized_start=1293
+  _globals['_FINISH']._serialized_end=1493
+  _globals['_GENERATERESPONSE']._serialized_start=1496
+  _globals['_GENERATERESPONSE']._serialized_end=1698
+  _globals['_GENERATEBATCHREQUEST']._serialized_start=1700
+  _globals['_GENERATEBATCHREQUEST']._serialized_end=1770
+  _globals['_GENERATEBATCHRESPONSE']._serialized_start=1773
+  _globals['_GENERATEBATCHRESPONSE']._serialized_end=1997
+  _globals['_TOKENIZEREQUEST']._serialized_start=1999
+  _globals['_TOKENIZEREQUEST']._serialized_end=2074
+  _globals['_TOKENIZERESPONSE']._serialized_start=2076
+  _globals['_TOKENIZERESPONSE']._serialized_end=2113
+  _globals['_DETOKENIZEREQUEST']._serialized_start=2115
+  _globals['_DETOKENIZEREQUEST']._serialized_end=2175
+  _globals['_DETOKENIZERESPONSE']._serialized_start=2177
+  _globals['_DETOKENIZERESPONSE']._serialized_end=2211
+  _globals['_INFERENCE']._serialized_start=2362
+  _globals['_INFERENCE']._serialized_end=2690
 # @@protoc_insertion_point(module_scope)

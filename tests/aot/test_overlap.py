@@ -8,11 +8,14 @@ import pytest
 
 from loongjax.aot.hlo import Hop, hops, parse
 from loongjax.aot.kernel_cases import KernelCase
+from loongjax.aot.kernels import kernels_on
 from loongjax.aot.overlap import ATTENTION, fold_flops, overlap, ring_step
 from loongjax.aot.report import step_flops
 from loongjax.aot.request import AotRequest, plan_aot
 from loongjax.aot.roofline import grid_work, least_work
+from loongjax.aot.targets import TARGETS
 from loongjax.costmodel.hardware import load_hardware
+from pallas_kernels.backends import kernels_of
 from tests.aot.test_hlo import KNOWN
 
 PROGRAM = parse(KNOWN.replace("fold", ATTENTION))
@@ -69,7 +72,7 @@ def test_the_kernel_says_the_work_that_its_grid_has(target):
     """The cost estimate that the compiler gets, against the tiles counted here."""
     shapes = plan(target).programs.shapes
     case = KernelCase(kernel="striped_attention")
-    flops = grid_work(case, shapes.attention_backend).flops
+    flops = grid_work(case, kernels_of(shapes.attention_backend, shapes.chip)).flops
     assert flops == fold_flops(shapes, case.tokens)
 
 
@@ -89,13 +92,14 @@ def test_a_grid_does_little_more_than_the_least():
     case = KernelCase(kernel="striped_attention", tokens=16_384)
     least = least_work(case)
     assert least.flops == 4 * 32 * 128 * 16_384 * 16_385 // 2
-    for backend in ("pallas-tpu", "pallas-triton", "pallas-hopper"):
-        assert 1.0 < grid_work(case, backend).flops / least.flops < 1.1, backend
+    kernels = [kernels_on(target, case) for target in TARGETS]
+    for each in (*kernels, kernels_of("pallas-hopper")):
+        assert 1.0 < grid_work(case, each).flops / least.flops < 1.1, each.backend
     hardware = load_hardware("v5e")
     assert least.seconds(hardware) == least.flops / hardware.flops_per_s
 
 
 def test_writing_moves_each_token_in_and_out():
     case = KernelCase(kernel="kv_write", tokens=64)
-    assert grid_work(case, "pallas-tpu") == least_work(case)
+    assert grid_work(case, kernels_of("pallas-tpu")) == least_work(case)
     assert least_work(case).bytes == 2 * 64 * 8 * 128 * 2

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
-from loongjax.config import ClusterConfig, EngineConfig, PoolConfig
+from loongjax.config import ClusterConfig, EngineConfig, PoolConfig, engine_config
 from loongjax.errors import ConfigError
 
 
@@ -41,3 +42,39 @@ def test_limits_themselves_are_taken() -> None:
 def test_unknown_attention_backend_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="pallas-hopper, interpret, interpret-tpu, not 'cuda'"):
         EngineConfig(**{"attention_backend": "cuda"})
+
+
+def test_a_file_gives_settings_and_arguments_go_before_it(tmp_path: Path) -> None:
+    file = tmp_path / "engine.toml"
+    file.write_text('instances = 4\ndegrees = [1, 4]\npool_slots = 64\ndtype = "float32"\n')
+    found = engine_config(config=file, pool_slots=128, warm_up=True)
+    assert found == EngineConfig(
+        cluster=ClusterConfig(instances=4, degrees=(1, 4)),
+        pool=PoolConfig(slots=128),
+        dtype="float32",
+        warm_up=True,
+    )
+    assert engine_config(config=str(file)).pool.slots == 64
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("instance = 4", "has 'instance', which is no setting; did you mean 'instances'?"),
+        ("poolslots = 4", "did you mean 'pool_slots'?"),
+        ("[cluster]\ninstances = 4", "has 'cluster', which is no setting"),
+        ("instances = '4'", "instances cannot be '4'"),
+        ("warm_up = 1", "warm_up cannot be 1"),
+        ("degrees = [1, true]", "degrees cannot be [1, True]"),
+        ("dtype = 'float16'", "dtype cannot be 'float16'"),
+        ("instances = 0", "instances must be at least 1, not 0"),
+        ("instances", "cannot read the configuration"),
+    ],
+)
+def test_a_file_that_is_wrong_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "engine.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        engine_config(config=file)
+    with pytest.raises(ConfigError, match="cannot read the configuration"):
+        engine_config(config=tmp_path / "absent.toml")

@@ -18,7 +18,7 @@ from loongjax import LLM, SamplingParams
 from loongjax.api.prompts import as_token_ids
 from loongjax.errors import CapacityError, EngineClosedError, LoongJaxError, RequestError
 from loongjax.plan import Plan, Rejection, Snapshot
-from loongjax.text import Tokenizer, TokenizerFiles, load_tokenizer
+from loongjax.text import AnswerText, Tokenizer, TokenizerFiles, load_tokenizer
 from loongjax.text.chat_template import ChatTemplate
 from tests.engine.fake_executor import FakeExecutor, answer
 from tests.engine.rig import MODEL_LEN, Rig, Wrapped, rig
@@ -90,7 +90,7 @@ def test_default_is_sampling_to_the_end_of_the_context() -> None:
         (output,) = llm.generate("x" * 120)
         assert len(output.token_ids) == MODEL_LEN - 120
         (given,) = it.executor.inputs.values()
-        assert given.temperature == 1.0
+        assert given.params.temperature == 1.0
 
 
 def test_each_prompt_may_have_its_own_params() -> None:
@@ -112,6 +112,63 @@ def test_stop_token_is_in_the_ids_but_not_in_the_text() -> None:
         assert llm.tokenizer is not None
         assert output.text == llm.tokenizer.decode(tokens[:2])
         assert "".join(chunk.text or "" for chunk in llm.stream("hello")) == output.text
+
+
+def test_a_text_ends_an_answer_wherever_it_is_seen() -> None:
+    """The engine stops at the token that completes it; batch and stream cut the text there."""
+    tokenizer = byte_tokenizer()
+    prompt = next(  # an answer with three readable characters at its beginning
+        text
+        for text in map(str, range(10_000))
+        if all(32 <= token < 127 for token in answer(tuple(text.encode()), 3))
+    )
+    a, b, c = map(chr, answer(tuple(prompt.encode()), 3))
+    with llm_over(tokenizer, watch=lambda params: AnswerText(tokenizer, params)) as (llm, _):
+        params = SamplingParams(max_tokens=9, stop=["no such text", b + c])
+        (output,) = llm.generate(prompt, params)
+        assert (output.text, output.stop_text, output.stop_token) == (a, b + c, None)
+        assert (output.finish_reason, output.stop_reason) == ("stop", b + c)
+        assert len(output.token_ids) == 3
+        assert "".join(chunk.text or "" for chunk in llm.stream(prompt, params)) == a
+        kept = dataclasses.replace(params, include_stop_str_in_output=True)
+        assert llm.generate(prompt, kept)[0].text == a + b + c
+        late = dataclasses.replace(params, min_tokens=4)
+        assert llm.generate(prompt, late)[0].finish_reason == "length"
+
+
+def test_a_model_without_text_refuses_stop_texts() -> None:
+    with llm_over() as (llm, _), pytest.raises(RequestError, match="has no tokenizer"):
+        llm.generate("hello", SamplingParams(stop="x"))
+
+
+def test_a_request_can_be_held_read_and_aborted() -> None:
+    with llm_over() as (llm, it):
+        it.executor.hold()
+        request = llm.submit("hello", FOUR, priority=3)
+        other = llm.submit([1, 2, 3], SamplingParams(n=2, max_tokens=4))
+        with pytest.raises(TimeoutError, match=r"no event within .* it goes on"):
+            request.result(timeout=0.01)
+        other.abort()
+        it.executor.release()
+        assert request.result().token_ids == answer(HELLO, 4)
+        assert request.result().token_ids == answer(HELLO, 4)
+        assert {given.finish_reason for given in other.result().outputs} == {"abort"}
+        assert request.prompt_token_ids == HELLO
+        stream = llm.submit("hello", FOUR)
+        first = next(stream.stream())
+        assert first.token_ids == answer(HELLO, 1)
+        assert stream.result().token_ids == answer(HELLO, 4)
+
+
+def test_chats_may_stand_among_prompts() -> None:
+    chat = [{"role": "user", "content": "hi"}]
+    with llm_over() as (llm, _):
+        expected = llm.chat(chat, FOUR).token_ids
+        assert llm.generate(chat, FOUR)[0].token_ids == expected
+        assert llm.generate(["a", chat], FOUR)[1].token_ids == expected
+        assert "".join(chunk.text or "" for chunk in llm.stream(chat, FOUR)) == (
+            llm.chat(chat, FOUR).text
+        )
 
 
 def test_output_says_where_it_ran_and_how_fast() -> None:

@@ -210,3 +210,63 @@ def test_leaving_a_stream_frees_its_kv(programs):
         stream.close()
         llm.generate([4, 5], SamplingParams(max_tokens=2))
         assert used(llm) == 0
+
+
+EVERYTHING = [
+    SamplingParams(temperature=0),
+    SamplingParams(seed=1, top_k=30, top_p=0.8, logprobs=2),
+    SamplingParams(seed=2, min_p=0.1, n=3, prompt_logprobs=1),
+    SamplingParams(temperature=0, repetition_penalty=1.3, frequency_penalty=0.5, logprobs=0),
+    SamplingParams(seed=3, presence_penalty=1.0, logit_bias={7: 3.0}, min_tokens=4),
+    SamplingParams(seed=4, top_p=0.5, stop="e", stop_token_ids=[9], ignore_eos=True),
+]
+
+
+def test_everything_at_once_says_what_each_says_alone(programs):
+    """At other degrees, in other company, with another pool: the same tokens and scores."""
+    each = [replace(params, max_tokens=10) for params in EVERYTHING]
+    prompts = draw_prompts(len(each), seed=5)
+    with make(programs, pool_slots=96) as llm:
+        together = llm.generate(prompts, each)
+        assert used(llm) == 0
+    with make(programs, instances=1, degrees=(1,), block_size=16) as llm:
+        alone = [llm.generate(prompt, own)[0] for prompt, own in zip(prompts, each, strict=True)]
+        chunks = [list(llm.stream(prompts[i], each[i])) for i in (0, 5)]
+    for ours, theirs in zip(together, alone, strict=True):
+        for one, other in zip(ours.outputs, theirs.outputs, strict=True):
+            assert (one.token_ids, one.text) == (other.token_ids, other.text)
+            assert (one.finish_reason, one.stop_reason) == (other.finish_reason, other.stop_reason)
+            assert [given.token for given in one.logprobs or ()] == [
+                given.token for given in other.logprobs or ()
+            ]
+            assert [given.logprob for given in one.logprobs or ()] == pytest.approx(
+                [given.logprob for given in other.logprobs or ()], abs=1e-3
+            )
+    assert ["".join(chunk.text for chunk in said) for said in chunks] == [
+        alone[0].text,
+        alone[5].text,
+    ]
+    scores = together[2].prompt_logprobs
+    prompt = together[2].prompt_token_ids
+    assert [given and given.token for given in scores] == [None, *prompt[1:]]
+    logits = reference_logits(prompt).astype(np.float64)
+    for position, given in enumerate(scores[1:], 1):
+        row = logits[position - 1]
+        expected = row[prompt[position]] - np.log(np.exp(row - row.max()).sum()) - row.max()
+        assert given.logprob == pytest.approx(expected, abs=1e-3)
+    assert len({given.token_ids for given in together[2].outputs}) == 3
+    counts = [len(given.logprobs) for given in together[1].outputs]
+    assert counts == [len(together[1].token_ids)]
+
+
+def test_a_prompt_of_several_blocks_is_scored_once_for_all_its_answers(programs):
+    """The part that the answers share is computed by itself, up to a block's end."""
+    prompt = draw_prompts(3, seed=9)[2]
+    params = SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=0)
+    with make(programs, instances=1, degrees=(1,), block_size=16) as llm:
+        (one,) = llm.generate(prompt, params)
+        (many,) = llm.generate(prompt, replace(params, n=2))
+    assert len(prompt) > 33
+    assert [given and given.token for given in many.prompt_logprobs] == [None, *prompt[1:]]
+    for given, expected in zip(many.prompt_logprobs[1:], one.prompt_logprobs[1:], strict=True):
+        assert given.logprob == pytest.approx(expected.logprob, abs=1e-3)

@@ -24,12 +24,15 @@ def test_public_names_are_there_and_jax_is_not() -> None:
 def test_public_names_are_these() -> None:
     errors = {name for name in loongjax.__all__ if name.endswith("Error")}
     assert set(loongjax.__all__) - errors == {
+        "AsyncLLM",
         "CompletionOutput",
         "LLM",
+        "PendingRequest",
         "RequestOutput",
         "SamplingParams",
         "StepRun",
         "StreamChunk",
+        "TokenLogprobs",
         "__version__",
     }
     from loongjax import errors as module

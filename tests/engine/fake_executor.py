@@ -95,6 +95,7 @@ class FakeExecutor:
         self._pool: dict[tuple[int, int], tuple[str, int]] = {}
         self._author: dict[tuple[str, int], str] = {}  # who computed a token's KV, if forked
         self._doomed: dict[int, str] = {}
+        self._allowed: dict[str, np.ndarray] = {}
         self._free_at: dict[int, float] = {}
         self.flights: list[Flight] = []
         self.submitted: list[Step] = []
@@ -194,6 +195,13 @@ class FakeExecutor:
     def drop_kv(self, request: str) -> None:
         self._check_grounded(request)
         self._drop(request)
+
+    def restrict(self, request: str, allowed: np.ndarray) -> None:
+        assert self.inputs[request].is_masked
+        assert request not in [
+            name for flight in self.flights for name in step_requests(flight.step)
+        ]
+        self._allowed[request] = allowed
 
     def fork(self, source: str, target: str) -> None:
         self._check_grounded(source)
@@ -311,7 +319,11 @@ class FakeExecutor:
             known = self._tokens[name]
             assert all(self._is_there(name, position) for position in range(end))
             if end == len(known):
-                tokens.append(SampledToken(name, next_token(known, self.inputs[name].sample)))
+                token = next_token(known, self.inputs[name].sample)
+                if self.inputs[name].is_masked:  # the next one that is allowed, for this step alone
+                    allowed = self._allowed.pop(name)
+                    token = (token + int(np.roll(allowed, -token).argmax())) % VOCAB
+                tokens.append(SampledToken(name, token))
                 known.append(tokens[-1].token)
         return StepResult(seq=step.seq, tokens=tuple(tokens), **times)
 

@@ -8,7 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from loongjax.cluster.topology import EverySubset
-from loongjax.engine import Engine, Event, FinishedEvent, GenerationRequest, RequestHandle
+from loongjax.engine import (
+    Engine,
+    Event,
+    FinishedEvent,
+    GenerationRequest,
+    RequestHandle,
+    StopWatch,
+)
 from loongjax.kvcache import BlockAllocator
 from loongjax.plan import Plan, Snapshot
 from loongjax.sampling.params import SamplingParams
@@ -54,6 +61,7 @@ def rig(
     slots: int = 256,
     block_size: int = 4,
     eos_ids: tuple[int, ...] = (),
+    watch: Callable[[SamplingParams], StopWatch] | None = None,
 ) -> Iterator[Rig]:
     """An engine that is closed at the end; then no slot may be in use, and no thread left."""
     before = set(threading.enumerate())
@@ -67,6 +75,7 @@ def rig(
         vocab_size=VOCAB,
         max_model_len=MODEL_LEN,
         eos_ids=eos_ids,
+        watch=watch,
     )
     parts = Rig(engine=engine, executor=executor, allocator=allocator)
     survived = False

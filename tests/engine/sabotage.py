@@ -46,23 +46,23 @@ def forget_failed_callbacks() -> None:
 
 
 def _broken(program: Program, moment: Moment) -> Program:
-    def call(*args: Any) -> tuple[Any, Any]:
+    def call(*args: Any) -> tuple[Any, ...]:
         if moment == "launch":
             raise Injected("no launch")
-        pool, tokens = program(*args)
+        pool, said, *scores = program(*args)
         match moment:
             case "donated":
                 raise Injected("the pool is gone")
             case "device":
-                return _poisoned(pool, tokens)
-        tokens.delete()
-        return pool, tokens
+                return _poisoned(pool, said, *scores)
+        said.delete()
+        return pool, said, *scores
 
     return call
 
 
-def _poisoned(pool: Any, tokens: jax.Array) -> tuple[Any, Any]:
-    leaves, tree = jax.tree.flatten((pool, tokens))
+def _poisoned(*outputs: Any) -> tuple[Any, ...]:
+    leaves, tree = jax.tree.flatten(outputs)
     return jax.tree.unflatten(tree, _poison(*(leaf.sharding for leaf in leaves))(*leaves))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -67,3 +68,19 @@ def test_no_max_tokens_means_up_to_the_end_of_the_context() -> None:
 
 def _fields() -> dict[str, int]:
     return {name: getattr(LIMITS, name) for name in LIMITS.__slots__}
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        (SamplingParams(stop="x"), "stop has texts, but this model has no tokenizer"),
+        (SamplingParams(stop_token_ids=(100,)), "stop_token_ids has token 100, outside"),
+        (SamplingParams(logit_bias={100: 1.0}), "logit_bias has token 100, outside"),
+    ],
+)
+def test_params_must_fit_the_model(params: SamplingParams, message: str) -> None:
+    with pytest.raises(RequestError, match=re.escape(message)):
+        LIMITS.check(GenerationRequest(id="a", token_ids=(1,), params=params))
+    inside = SamplingParams(max_tokens=1, stop="x", stop_token_ids=(99,), logit_bias={99: 1.0})
+    request = GenerationRequest(id="a", token_ids=(1,), params=inside)
+    assert replace(LIMITS, has_text=True).check(request)

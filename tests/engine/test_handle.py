@@ -56,8 +56,3 @@ def test_callback_that_raises_aborts_its_request(caplog: pytest.LogCaptureFixtur
     assert aborted == [handle]
     assert calls == [TOKENS]
     assert "the client is gone" in caplog.text
-
-
-def test_stop_token_is_no_text() -> None:
-    assert TOKENS.text_ids == (5,)
-    assert TokensEvent(token_ids=(5, 7)).text_ids == (5, 7)

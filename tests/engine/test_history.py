@@ -71,6 +71,16 @@ def test_records_of_large_batches_are_bounded_too() -> None:
     assert [record.seq for record in history.steps_of("b")] == [2, 3]
 
 
+def test_records_of_a_request_are_all_those_kept_whenever_they_are_asked_for() -> None:
+    history = History(max_records=3)
+    for seq in range(8):
+        history.add_step(decode(seq, "ab"[seq % 2]), result(seq))
+        if seq in (0, 1, 6, 7):  # in between, records go that nobody asked for
+            for name in "ab":
+                kept = [record for record in history.steps() if name in record.requests]
+                assert list(history.steps_of(name)) == kept
+
+
 def test_only_changes_of_the_pool_are_kept() -> None:
     history = History()
     history.add_pool(1.0, [Share(0, 0), Share(1, 8)])

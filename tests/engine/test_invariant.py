@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from loongjax.executor.jax_executor import JaxExecutor
 from loongjax.plan import Step
 from loongjax.sampling.params import SamplingParams
+from scripts.random_policy import RandomPolicy
 from tests.engine.on_devices import BLOCKS, SLOTS, TOKENS, Stage, count_ties, document
-from tests.engine.random_policy import RandomPolicy
 from tests.engine.sabotage import MOMENTS, Moment
 from tests.engine.scripted import Answer, Role, Run, perform
 
@@ -27,6 +27,10 @@ pytestmark = [
     pytest.mark.usefixtures("without_shape_checks", "quiet"),
     pytest.mark.xdist_group("engines on devices"),
 ]
+
+
+PATIENCE = 80
+"""Plans that are made at random, so that a case comes to its end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +147,7 @@ def play(script: Script, executor: JaxExecutor, stage: Stage, tally: Tally) -> N
 
     run = perform(
         executor,
-        RandomPolicy(seed=script.seed),
+        RandomPolicy(seed=script.seed, patience=PATIENCE),
         cast,
         slots=script.slots,
         vocab_size=stage.model.vocab_size,

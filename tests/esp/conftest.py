@@ -9,7 +9,7 @@ import pytest
 from tests.esp.rig import Rig, probing
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def made_rigs() -> Iterator[dict[tuple, Rig]]:
     """All rigs of this process, by their options."""
     made: dict[tuple, Rig] = {}

@@ -42,17 +42,21 @@ from loongjax.plan import (
     Step,
     StepResult,
 )
+from loongjax.sampling.fields import SAID
+from loongjax.sampling.params import SamplingParams
 from pallas_kernels import reference
 from pallas_kernels.backend_names import Backend
 
 TINY = random_config("tiny")
+GREEDY = SamplingParams(temperature=0)
 WINDOWED = replace(TINY, windows=tuple(None if layer % 2 else 7 for layer in range(TINY.layers)))
 
 
-def probe(logits_RxV, temperature_R, seed_R, sample_R, position_R):
+def probe(logits_RxV, rows, tables):
     """Stands in for `sample`: the bits of logit `seed` of each row."""
-    found = jnp.take_along_axis(logits_RxV, seed_R[:, None], axis=1)[:, 0]
-    return lax.bitcast_convert_type(found, jnp.int32)
+    found_Rx1 = jnp.take_along_axis(logits_RxV, rows.seed[:, None], axis=1)
+    bits_Rx1 = lax.bitcast_convert_type(found_Rx1, jnp.int32)
+    return jnp.pad(bits_Rx1, ((0, 0), (0, SAID - 1)))
 
 
 @contextmanager
@@ -97,10 +101,22 @@ class Rig:
         self.allocator = BlockAllocator(instances=instances, slots=slots, block_size=block_size)
         self._seq = 0
 
-    def admit(self, request: str, token_ids: Sequence[int], *, probe_token: int = 0) -> None:
+    def admit(
+        self,
+        request: str,
+        token_ids: Sequence[int],
+        *,
+        probe_token: int = 0,
+        params: SamplingParams = GREEDY,
+    ) -> None:
         """Makes a request known; `probe_token` is the logit to be returned."""
         self.executor.admit(
-            RequestInput(id=request, token_ids=tuple(token_ids), temperature=0.0, seed=probe_token)
+            RequestInput(
+                id=request,
+                token_ids=tuple(token_ids),
+                params=params,
+                seed=probe_token,
+            )
         )
 
     def prefill(
@@ -172,7 +188,7 @@ class Rig:
 
 def logits_of(result: StepResult) -> dict[str, float]:
     """What the probe returned, by request."""
-    return {name: float(np.int32(bits).view(np.float32)) for name, bits in result.tokens}
+    return {name: float(np.int32(bits).view(np.float32)) for name, bits, _ in result.tokens}
 
 
 @lru_cache(maxsize=8)

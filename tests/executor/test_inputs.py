@@ -9,21 +9,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loongjax.executor.inputs import (
-    NO_TOKEN,
     DecodeFrame,
     StepInputs,
-    TokenLog,
     prefill_inputs,
     stripe_tokens,
 )
 from loongjax.executor.protocol import RequestInput
+from loongjax.executor.token_log import TokenLog
 from loongjax.kvcache import BlockTable, DecodeSlots, PrefillSlots, ShareSlots
 from loongjax.plan import Chunk, DecodeRow, DecodeStep, Placement, PrefillStep, Share
 from loongjax.programs.spec import ProgramSpec
+from loongjax.sampling.fields import NO_TOKEN
+from loongjax.sampling.params import SamplingParams
 
 BLOCK_SIZE, BLOCKS, TRASH, INSTANCES = 4, 64, 256, 6
 BUCKET, ROWS = 64, 4
 SPARE = 399
+VOCAB = 1000
 
 
 @dataclass
@@ -40,7 +42,13 @@ class Prefill:
 def log_of(name: str, tokens: list[int]) -> TokenLog:
     number = int(name[1:])
     return TokenLog(
-        RequestInput(id=name, token_ids=tuple(tokens), temperature=0.5 + number, seed=1000 + number)
+        RequestInput(
+            id=name,
+            token_ids=tuple(tokens),
+            params=SamplingParams(temperature=0.5 + number),
+            seed=1000 + number,
+        ),
+        VOCAB,
     )
 
 

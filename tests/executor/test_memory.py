@@ -66,8 +66,10 @@ def test_given_slots_are_taken_exactly_if_they_fit():
         given_slots(ROOM, 1_000_000)
 
 
-def test_free_memory_of_a_machine_and_of_a_container(tmp_path):
-    assert memory._free_host_bytes(tmp_path) == 4 << 30  # not told
+def test_free_memory_of_a_machine_and_of_a_container(tmp_path, caplog):
+    assert memory._free_host_bytes(tmp_path) == 4 << 30
+    assert "proc/meminfo to say how much memory is free: taking it for 4096 MiB" in caplog.text
+    caplog.clear()
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/meminfo").write_text("MemTotal: 9 kB\nMemAvailable:  2048 kB\n")
     assert memory._free_host_bytes(tmp_path) == 2 << 20
@@ -79,6 +81,7 @@ def test_free_memory_of_a_machine_and_of_a_container(tmp_path):
     (group / "memory.current").write_text("900000\n")
     (group / "memory.stat").write_text("anon 5\ninactive_file 400000\n")
     assert memory._free_host_bytes(tmp_path) == 1048576 - 500000
+    assert not caplog.text
 
 
 # ---- sizing --------------------------------------------------------------------------------

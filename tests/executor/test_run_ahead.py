@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from itertools import pairwise
 
 import numpy as np
@@ -101,3 +102,29 @@ def test_a_token_that_is_nowhere_fails_the_step(rig):
     errors = {result.seq: result.error for result in results}
     assert errors[planned.seq] is None
     assert "request 'a' is neither known" in errors[alone.seq]
+    for name in PROMPTS:
+        rig.release(name)
+
+
+def test_nothing_keeps_the_tokens_of_a_request_that_is_forgotten(rig):
+    """Though its group decodes no other rows after it."""
+    start(rig)
+    rig.run(step(rig))
+    logs = {name: weakref.ref(rig.executor._logs[name]) for name in PROMPTS}
+    rig.release("a")
+    assert (logs["a"](), logs["b"]() is None) == (None, False)
+    rig.release("b")
+    assert logs["b"]() is None
+
+
+def test_a_failed_step_leaves_no_frame_behind(rig):
+    start(rig)
+    rig.run(step(rig))
+    planned = step(rig)
+    with first_program_fails(next(iter(FAILURES))):
+        rig.executor.submit(planned, rig.allocator.apply(planned))
+    (result,) = wait_for(rig, 1)
+    assert result.error
+    assert planned.group not in rig.executor._frames
+    for name in PROMPTS:
+        rig.release(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 
 import jax
 import numpy as np
@@ -23,10 +24,7 @@ from tests.esp.rig import TINY
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
-@pytest.fixture(autouse=True)
-def room(monkeypatch):
-    """Whatever other modules' tests have mapped; tests of too little room say so themselves."""
-    monkeypatch.setattr(module.mappings, "has_room", lambda: True)
+pytestmark = pytest.mark.usefixtures("room")
 
 
 @pytest.fixture(scope="module")
@@ -162,16 +160,23 @@ def executor(programs):
     made.close()
 
 
-def test_groups_beyond_a_bound_are_left_and_the_log_says_so(executor, monkeypatch, caplog):
-    """Every other group is bound, and every program once."""
-    bound = []
+@pytest.fixture
+def bound(monkeypatch):
+    """What programs were asked for, and for which groups, in order."""
+    found = []
     get = ProgramLibrary.get
 
     def watch(self, spec, group):
-        bound.append((spec, group))
-        return get(self, spec, group)
+        program = get(self, spec, group)
+        found.append((spec, group))
+        return program
 
     monkeypatch.setattr(ProgramLibrary, "get", watch)
+    return found
+
+
+def test_groups_beyond_a_bound_are_left_and_the_log_says_so(executor, bound, monkeypatch, caplog):
+    """Every other group is bound, and every program once."""
     monkeypatch.setattr(module, "_GROUPS_OF_A_DEGREE", 2)
     told = []
     with caplog.at_level(logging.INFO):
@@ -184,22 +189,34 @@ def test_groups_beyond_a_bound_are_left_and_the_log_says_so(executor, monkeypatc
     assert {total for _, total, _ in told} == {told[-1][0]}
 
 
-def test_groups_that_cannot_be_mapped_are_left_and_the_log_says_so(executor, monkeypatch, caplog):
+def test_groups_that_cannot_be_mapped_are_left_and_the_log_says_so(
+    executor, bound, monkeypatch, caplog
+):
     """Every program is made; a group that has none of them runs no step."""
-    bound = []
-    get = ProgramLibrary.get
-
-    def watch(self, spec, group):
-        bound.append((spec, group))
-        return get(self, spec, group)
-
-    monkeypatch.setattr(ProgramLibrary, "get", watch)
     monkeypatch.setattr(module.mappings, "has_room", lambda: False)
     warm_up(executor)
     assert {group for _, group in bound} == {(0,), (0, 1)}
     assert {spec for spec, _ in bound} == set(executor.catalogue.specs)
     assert "warm-up: 4 groups have no room for their programs" in caplog.text
     assert executor.programs.guard.armed
+
+
+def test_no_program_is_unbound_for_one_that_may_never_be_needed(
+    executor, bound, monkeypatch, caplog
+):
+    """The room ends in the middle of a group."""
+    monkeypatch.setattr(module.mappings, "has_room", lambda: len(bound) < 9 + 4 + 1)
+    with caplog.at_level(logging.INFO):
+        warm_up(executor)
+    assert executor.program_counts.unbound == 0
+    assert Counter(group for _, group in bound[: 9 + 4 + 1]) == {
+        (0,): 4,
+        (0, 1): 5,
+        (1,): 4,
+        (2,): 1,
+    }
+    assert "warm-up: 3 groups have no room for their programs" in caplog.text
+    assert "warm-up: 9 programs on 3 groups" in caplog.text
 
 
 def test_a_first_step_that_fails_is_an_error(executor, monkeypatch):

@@ -1,7 +1,13 @@
-"""Steps in a few letters, for tests of the allocator. All groups are all instances."""
+"""Steps in a few letters, for tests of the allocator, and a look into its books.
+
+All groups are all instances.
+"""
 
 from __future__ import annotations
 
+import numpy as np
+
+from loongjax.kvcache import BlockAllocator
 from loongjax.plan import (
     Chunk,
     DecodeRow,
@@ -47,3 +53,11 @@ def migrate(*moves: tuple[str, int, int, int], seq: int = 0) -> MigrateStep:
     return MigrateStep(
         seq=seq, group=tuple(range(INSTANCES)), moves=tuple(Move(*move) for move in moves)
     )
+
+
+def entries_of(allocator: BlockAllocator, request: str, instance: int) -> np.ndarray:
+    """A copy of `(slot, position, count)` of a request's blocks on an instance, [N, 3]."""
+    kv = allocator._held.get(request)
+    if kv is None or instance not in kv.runs:
+        return np.empty((0, 3), np.int32)
+    return kv.runs[instance].entries.copy()

@@ -17,7 +17,7 @@ from loongjax.plan import (
     PrefillStep,
     Share,
 )
-from tests.kvcache.steps import decode, migrate, prefill
+from tests.kvcache.steps import decode, entries_of, migrate, prefill
 
 
 def places(entries: np.ndarray) -> dict[int, int]:
@@ -117,13 +117,13 @@ def test_step_that_contradicts_the_books_is_refused(
 def test_token_goes_into_the_newest_block_only() -> None:
     allocator = pool()
     allocator.apply(prefill(("a", 0, [(0, 5)])))
-    assert allocator.tail("a") == Share(0, 3)
+    assert allocator.whereabouts("a").tail == Share(0, 3)
     first = allocator.apply(decode(("a", 0)))
     away = allocator.apply(decode(("a", 1)))
     back = allocator.apply(decode(("a", 0)))
     assert (first.slots, away.slots, back.slots) == ((5,), (0,), (8,))
-    np.testing.assert_array_equal(allocator.entries("a", 0), [[0, 0, 4], [4, 4, 2], [8, 7, 1]])
-    np.testing.assert_array_equal(allocator.entries("a", 1), [[0, 6, 1]])
+    np.testing.assert_array_equal(entries_of(allocator, "a", 0), [[0, 0, 4], [4, 4, 2], [8, 7, 1]])
+    np.testing.assert_array_equal(entries_of(allocator, "a", 1), [[0, 6, 1]])
 
 
 def test_chunk_fills_the_partly_filled_block_first() -> None:
@@ -132,7 +132,7 @@ def test_chunk_fills_the_partly_filled_block_first() -> None:
     plan = allocator.apply(prefill(("a", 2, [(1, 5), (0, 1)])))
     np.testing.assert_array_equal(plan.shares[0].entries, [[2, 2, 2], [4, 4, 3]])
     np.testing.assert_array_equal(plan.shares[1].entries, [[0, 7, 1]])
-    np.testing.assert_array_equal(allocator.entries("a", 1), [[0, 0, 4], [4, 4, 3]])
+    np.testing.assert_array_equal(entries_of(allocator, "a", 1), [[0, 0, 4], [4, 4, 3]])
 
 
 def test_shared_block_is_written_again_once_one_holder_is_left() -> None:
@@ -140,11 +140,11 @@ def test_shared_block_is_written_again_once_one_holder_is_left() -> None:
     allocator.apply(prefill(("a", 0, [(0, 2)])))
     allocator.fork("a", "b")
     assert allocator.used_slots(0) == 4
-    assert allocator.tail("a") is allocator.tail("b") is None
+    assert allocator.whereabouts("a").tail is allocator.whereabouts("b").tail is None
     assert allocator.apply(decode(("a", 0))).slots == (4,)
-    assert allocator.tail("b") is None
+    assert allocator.whereabouts("b").tail is None
     allocator.release("a")
-    assert allocator.tail("b") == Share(0, 2)
+    assert allocator.whereabouts("b").tail == Share(0, 2)
     assert allocator.apply(decode(("b", 0))).slots == (2,)
 
 
@@ -161,7 +161,8 @@ def test_moved_tokens_are_packed_and_a_block_that_is_cut_stays_in_part() -> None
     np.testing.assert_array_equal(move.given, [[0, 5, 4], [4, 9, 1]])
     np.testing.assert_array_equal(move.left, [[0, 0, 4], [4, 4, 1]])
     assert allocator.shares("a") == (Share(0, 5), Share(1, 5))
-    assert (allocator.tail("a"), allocator.holes("a")) == (Share(1, 3), (Share(0, 3),))
+    found = allocator.whereabouts("a")
+    assert (found.tail, found.holes) == (Share(1, 3), (Share(0, 3),))
     assert allocator.apply(decode(("a", 1))).slots == (5,)
     assert allocator.apply(decode(("a", 0))).slots == (8,)  # the cut block is not gone on with
 
@@ -172,8 +173,8 @@ def test_older_tokens_move_in_front_of_the_tail() -> None:
     (move,) = allocator.apply(migrate(("a", 0, 1, 8))).moves
     assert len(move.left) == 0
     assert allocator.shares("a") == (Share(1, 10),)
-    assert allocator.tail("a") == Share(1, 2)
-    np.testing.assert_array_equal(allocator.entries("a", 1), [[4, 0, 4], [8, 4, 4], [0, 8, 2]])
+    assert allocator.whereabouts("a").tail == Share(1, 2)
+    np.testing.assert_array_equal(entries_of(allocator, "a", 1), [[4, 0, 4], [8, 4, 4], [0, 8, 2]])
     assert allocator.apply(decode(("a", 1))).slots == (2,)
     assert allocator.free_slots(0) == 16
 
@@ -184,7 +185,7 @@ def test_one_instance_gives_to_several() -> None:
     first, second = allocator.apply(migrate(("a", 0, 1, 2), ("a", 0, 2, 3))).moves
     assert (places(first.given), places(second.given)) == ({5: 0, 6: 1}, {2: 0, 3: 1, 4: 2})
     np.testing.assert_array_equal(second.left, [[0, 0, 2]])
-    assert allocator.tail("a") == Share(1, 2)
+    assert allocator.whereabouts("a").tail == Share(1, 2)
 
 
 def test_emptied_blocks_serve_later_steps_alone() -> None:
@@ -230,7 +231,7 @@ def test_move_from_shared_blocks_is_a_copy() -> None:
     assert allocator.whereabouts("a").shared == (Share(0, 8),)
     (move,) = allocator.apply(migrate(("b", 0, 1, 6))).moves
     np.testing.assert_array_equal(move.left, [[0, 0, 2]])
-    np.testing.assert_array_equal(allocator.entries("a", 0), [[0, 0, 4], [4, 4, 4]])
+    np.testing.assert_array_equal(entries_of(allocator, "a", 0), [[0, 0, 4], [4, 4, 4]])
     assert [allocator.used_slots(i) for i in range(2)] == [8, 8]
     assert allocator.whereabouts("a").shared == allocator.whereabouts("b").shared == (Share(0, 4),)
     allocator.check_integrity()

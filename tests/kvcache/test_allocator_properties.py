@@ -20,7 +20,7 @@ from loongjax.plan import (
     Share,
     Step,
 )
-from tests.kvcache.steps import INSTANCES, decode, migrate, prefill
+from tests.kvcache.steps import INSTANCES, decode, entries_of, migrate, prefill
 
 BLOCKS = 5
 NAMES = st.sampled_from(["a", "b", "c", "d"])
@@ -237,7 +237,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         self.pool |= arrived  # what is shared stays where it was, too
         lasts = {(move.request, move.source): move.left for move in moves}
         for (name, source), entries in lasts.items():
-            np.testing.assert_array_equal(self.allocator.entries(name, source), entries)
+            np.testing.assert_array_equal(entries_of(self.allocator, name, source), entries)
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data(), dst=NAMES)
@@ -285,7 +285,7 @@ class AllocatorMachine(RuleBasedStateMachine):
             found = {
                 position + i: self.pool[instance, slot + i]
                 for instance in range(INSTANCES)
-                for slot, position, count in self.allocator.entries(name, instance).tolist()
+                for slot, position, count in entries_of(self.allocator, name, instance).tolist()
                 for i in range(count)
             }
             assert [found[position] for position in sorted(found)] == expected
@@ -298,20 +298,21 @@ class AllocatorMachine(RuleBasedStateMachine):
             sums: Counter[int] = Counter()
             for block in blocks:
                 sums[block.instance] += len(block.tokens)
-            assert self.allocator.shares(name) == tuple(sorted(sums.items()))
-            assert self.allocator.computed(name) == sums.total()
+            said = self.allocator.whereabouts(name)
+            assert said.shares == self.allocator.shares(name) == tuple(sorted(sums.items()))
+            assert said.computed == self.allocator.computed(name) == sums.total()
             tail = self.tail(name) if blocks else None
-            assert self.allocator.tail(name) == tail
+            assert said.tail == tail
             room: Counter[int] = Counter()
             for block in blocks:
                 room[block.instance] += self.block_size - len(block.tokens)
             if tail:
                 room[tail.instance] -= tail.tokens
-            assert self.allocator.holes(name) == tuple(sorted((+room).items()))
+            assert said.holes == tuple(sorted((+room).items()))
             shared: Counter[int] = Counter()
             for block in blocks:
                 shared[block.instance] += self.block_size * (self.holders(block) > 1)
-            assert self.allocator.whereabouts(name).shared == tuple(sorted((+shared).items()))
+            assert said.shared == tuple(sorted((+shared).items()))
 
 
 def machine(size: int) -> type[unittest.TestCase]:

@@ -24,6 +24,7 @@ from loongjax.plan import (
     PrefillStep,
     Share,
 )
+from tests.kvcache.steps import entries_of
 
 BLOCKS = 24
 NAMES = st.sampled_from(["a", "b", "c", "d", "e", "f"])
@@ -49,7 +50,7 @@ class TableMachine(RuleBasedStateMachine):
 
     @rule(name=NAMES, home=HOMES, data=st.data())
     def chunk(self, name: str, home: int, data: st.DataObject) -> None:
-        tail = self.allocator.tail(name)
+        tail = self.allocator.whereabouts(name).tail
         room = tail.tokens if tail and tail.instance == home else 0
         most = self.allocator.free_slots(home) + room
         tokens = data.draw(st.integers(0, min(most, 9 * self.block_size)))
@@ -68,7 +69,7 @@ class TableMachine(RuleBasedStateMachine):
     def tokens(self, name: str, home: int, tokens: int) -> None:
         step = DecodeStep(seq=0, group=(0, 1), rows=(DecodeRow(name, home, home),))
         for _ in range(tokens):
-            tail = self.allocator.tail(name)
+            tail = self.allocator.whereabouts(name).tail
             fits = tail is not None and tail.instance == home
             if not fits and self.allocator.free_slots(home) == 0:
                 return
@@ -132,7 +133,7 @@ class TableMachine(RuleBasedStateMachine):
                 rows += range(start, start + length)
                 found = table.entries[start : start + length]
                 by_position = found[np.argsort(found[:, 1])]
-                np.testing.assert_array_equal(by_position, self.allocator.entries(name, home))
+                np.testing.assert_array_equal(by_position, entries_of(self.allocator, name, home))
             assert len(set(rows)) == len(rows)
 
 

@@ -142,15 +142,33 @@ CHANGES = {
     "platform": lambda patch: with_device(patch, platform="gpu"),
     "plugin": lambda patch: with_device(patch, platform_version="cuda 13"),
     "device kind": lambda patch: with_device(patch, device_kind="H100"),
+    "threads": lambda patch: patch.setenv("NPROC", "63"),
     "XLA flags": lambda patch: patch.setenv("XLA_FLAGS", "--xla_dump_to=/nowhere"),
     "TPU flags": lambda patch: patch.setenv("LIBTPU_INIT_ARGS", "--something"),
 }
+
+
+JAX_SETTINGS = (
+    ("jax_default_matmul_precision", "highest"),
+    ("jax_default_prng_impl", "rbg"),
+    ("jax_enable_x64", True),
+    ("jax_threefry_partitionable", False),
+)
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_what_compiles_and_for_what(folder, monkeypatch, change):
     change(monkeypatch)
     assert is_compiled(folder)
+
+
+def test_all_parts_of_a_platform_are_tested():
+    assert set(key.platform_key(device())) == {
+        *("source", "jax", "jaxlib", "flax", "platform", "platform_version", "device_kind"),
+        *("cpu_features", "cpu_threads", "flags", "jax_config"),
+    }
+    assert set(key._FLAGS) == {"XLA_FLAGS", "LIBTPU_INIT_ARGS"}
+    assert set(key._JAX_CONFIG) == {name for name, _ in JAX_SETTINGS}
 
 
 def test_on_gpu_the_plugin_counts_and_not_the_driver(monkeypatch):
@@ -168,15 +186,7 @@ def test_a_fake_device_alone_changes_nothing(folder, monkeypatch):
     assert not is_compiled(folder)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("jax_default_matmul_precision", "highest"),
-        ("jax_default_prng_impl", "rbg"),
-        ("jax_enable_x64", True),
-        ("jax_threefry_partitionable", False),
-    ],
-)
+@pytest.mark.parametrize(("name", "value"), JAX_SETTINGS)
 def test_settings_of_jax(folder, name, value):
     before = getattr(jax.config, name)
     assert before != value
@@ -201,7 +211,9 @@ def test_the_digest_of_the_cpu_knows_its_features_and_their_number(monkeypatch):
 
 
 def test_the_digest_of_the_source_covers_all_that_programs_are_traced_from(monkeypatch, tmp_path):
-    folders = ("loongjax/esp", "loongjax/programs", "loongjax/models", "pallas_kernels")
+    traced = {"esp", "models", "programs", "kvcache", "sampling", "cluster"}
+    assert traced <= set(key._SOURCE_FOLDERS)
+    folders = (*(f"loongjax/{name}" for name in key._SOURCE_FOLDERS), "pallas_kernels")
     for name in (*folders, "loongjax/engine"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "part.py").write_text("x = 1")

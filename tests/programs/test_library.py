@@ -39,10 +39,7 @@ DECODE = ProgramSpec(kind="decode", degree=1, bucket=4, rows=4)
 PAIR = ProgramSpec(kind="decode", degree=2, bucket=4, rows=4)
 
 
-@pytest.fixture(autouse=True)
-def room(monkeypatch):
-    """Whatever other modules' tests have mapped; tests of too little room say so themselves."""
-    monkeypatch.setattr(library_module.mappings, "has_room", lambda: True)
+pytestmark = pytest.mark.usefixtures("room")
 
 
 @pytest.fixture(scope="module")

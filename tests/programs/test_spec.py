@@ -8,6 +8,7 @@ import pytest
 
 from loongjax.esp.meta import MetaLayout
 from loongjax.programs.spec import ProgramSpec
+from loongjax.sampling.fields import FIELDS, RECENT
 
 SPECS = [
     ProgramSpec(kind="prefill", degree=1, bucket=64, rows=32),
@@ -55,14 +56,14 @@ def test_views_of_the_host_are_views():
             {
                 "token": (192,),
                 "position": (192,),
+                "target": (192,),
+                "score_begin": (),
+                "score_end": (),
                 "first": (192,),
                 "keep": (3, 192),
                 "used": (),
                 "sample_index": (12,),
-                "temperature": (4,),
-                "seed": (4,),
-                "sample": (4,),
-                "sample_position": (4,),
+                **dict.fromkeys((*FIELDS, "sample_position"), (4,)),
                 "rows_used": (),
             },
         ),
@@ -76,10 +77,8 @@ def test_views_of_the_host_are_views():
                 "start": (32,),
                 "entries": (32,),
                 "update": (32, 4),
-                "temperature": (8,),
-                "seed": (8,),
-                "sample": (8,),
-                "sample_position": (8,),
+                "recent": (8, RECENT),
+                **dict.fromkeys((*FIELDS, "sample_position"), (8,)),
                 "rows_used": (),
             },
         ),

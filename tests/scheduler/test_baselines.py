@@ -242,7 +242,10 @@ def test_settings_follow_the_name() -> None:
         ("magic", "no policy is called 'magic'; known are chunked_prefill, disaggregated"),
         ("tp:speed=9", "policy 'tp' has no setting 'speed=9'"),
         ("tp:cost=9", "has no setting 'cost=9'"),
-        ("loongserve:migrates", "write NAME=VALUE with one of decode_s, headroom, migrates"),
+        (
+            "loongserve:migrates",
+            "write NAME=VALUE with one of block_s, decode_s, headroom, migrates",
+        ),
         ("tp:chunk=0", "chunk must be at least 1 token, not 0"),
         ("tp:headroom=-1", "headroom must not be negative, got -1"),
         ("tp:order=random", "random"),

@@ -38,7 +38,7 @@ def test_chunks_follow_each_other_onto_the_same_instances() -> None:
     assert len(homes(it, "a")) == 2
     degrees = [len(step.group) for _, plan in it.plans for step in prefills(plan.steps)]
     assert degrees == [4, 4, 2]  # the rest needs no more
-    assert it.allocator.holes("a") == ()
+    assert it.allocator.whereabouts("a").holes == ()
 
 
 def test_partly_filled_block_is_filled_by_the_next_chunk() -> None:
@@ -46,7 +46,7 @@ def test_partly_filled_block_is_filled_by_the_next_chunk() -> None:
     submit(it, "a", 15, tokens=2)
     begin(it, "a")
     assert it.allocator.used_slots(0) == 16
-    assert it.allocator.holes("a") == ()
+    assert it.allocator.whereabouts("a").holes == ()
 
 
 def test_last_token_of_a_prompt_may_come_with_a_decode_step() -> None:

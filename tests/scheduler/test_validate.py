@@ -463,9 +463,9 @@ def test_valid_moves_are_never_refused_by_the_allocator(
         chunk = Chunk(request=f"{home}", start=0, length=length, last=True)
         keep = place(f"{home}", (home, length))
         allocator.apply(PrefillStep(seq=0, group=(0,), chunks=(chunk,), keep=(keep,)))
-    shares = allocator.shares("a")
-    view = request("a", prompt=99, computed=sum(share.tokens for share in shares), kv=shares,
-        tail=allocator.tail("a"), holes=allocator.holes("a"))  # fmt: skip
+    found = allocator.whereabouts("a")
+    view = request("a", prompt=99, computed=found.computed, kv=found.shares,
+        tail=found.tail, holes=found.holes)  # fmt: skip
     snapshot = replace(
         with_waiting(view),
         block_size=size,
@@ -474,7 +474,7 @@ def test_valid_moves_are_never_refused_by_the_allocator(
         ),
         topology=EverySubset(3),
     )
-    source = shares[source % len(shares)].instance
+    source = found.shares[source % len(found.shares)].instance
     step = migrate(
         *(("a", source, (source + offset) % 3, tokens) for offset, tokens in moves),
         group=(0, 1, 2),

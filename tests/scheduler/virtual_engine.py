@@ -247,6 +247,7 @@ class VirtualEngine:
         del self.jobs[name]
 
     def _view(self, job: Job) -> RequestView:
+        found = self.allocator.whereabouts(job.id)
         return RequestView(
             id=job.id,
             prompt=job.prompt,
@@ -254,10 +255,10 @@ class VirtualEngine:
             arrival=job.arrival,
             priority=job.priority,
             generated=job.generated,
-            computed=self.allocator.computed(job.id),
-            kv=self.allocator.shares(job.id),
-            tail=self.allocator.tail(job.id),
-            holes=self.allocator.holes(job.id),
+            computed=found.computed,
+            kv=found.shares,
+            tail=found.tail,
+            holes=found.holes,
             last_seq=job.last_seq,
         )
 

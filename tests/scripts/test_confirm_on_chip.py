@@ -41,5 +41,5 @@ def test_what_cannot_be_said_here_is_skipped(name, capsys):
 def test_a_wrong_kernel_fails(monkeypatch, capsys):
     right = kernels_of("xla")
     wrong = replace(right, kv_write=lambda pool, rows, slots, *, layer: pool)
-    monkeypatch.setattr(confirm_on_chip, "kernels_of", lambda _: wrong)
+    monkeypatch.setattr(confirm_on_chip, "kernels_of", lambda *_: wrong)
     assert verdict("KV is written in place", capsys) == (False, "FAIL")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 
@@ -13,7 +14,7 @@ from loongjax.cli.main import main
 from loongjax.errors import ConfigError
 from loongjax.simulator.jobs import Job
 from loongjax.simulator.traces import write_trace
-from serving.bench.chaos import run_chaos
+from serving.bench.chaos import ChaosReport, _within, run_chaos
 from serving.bench.load import Outcome, draw_questions
 from serving.bench.report import Objective, percentiles, summarize
 from tests.serving.server import ENGINE
@@ -55,10 +56,41 @@ def test_a_closed_loop_over_http_beside_the_bare_engine(capsys, model):
 @pytest.mark.usefixtures("own_cache")
 def test_a_short_chaos(cache):
     report = run_chaos(flaky_server(0.01, 0), requests=150, instances=2)
-    assert report["passed"], report
+    assert report["passed"], json.dumps(report)
     assert report["checked_answers"] > 20
     assert report["completed"] > 50
     assert min(report["aborted"], report["refused"], report["failed_steps"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "passed"),
+    [
+        ({}, True),
+        ({"refused": 3, "failed": 2, "ties": 1, "failed_steps": 5, "fd_growth": -1}, True),
+        ({"without_end": 1}, False),
+        ({"unhandled": 1}, False),
+        ({"wrong_tokens": 1}, False),
+        ({"leaked_slots": 16}, False),
+        ({"fd_growth": 1}, False),
+        ({"thread_growth": 1}, False),
+        ({"exit_code": 1}, False),
+        ({"requests": 5_000, "rss_growth": 0.04}, True),
+        ({"requests": 5_000, "rss_growth": 0.06}, False),
+        ({"requests": 150, "rss_growth": 0.06}, True),
+    ],
+)
+def test_what_passes(fields, passed):
+    assert ChaosReport(**({"exit_code": 0} | fields)).passed is passed
+
+
+def test_a_request_without_an_end_is_given_up():
+    async def work(seconds: float) -> str:
+        await asyncio.sleep(seconds)
+        return "done"
+
+    assert asyncio.run(_within(1, work(0.0))) == "done"
+    with pytest.raises(TimeoutError):
+        asyncio.run(_within(1, work(60.0)))
 
 
 def test_what_a_load_amounts_to():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from concurrent import futures
 from contextlib import aclosing
+from dataclasses import fields
 
 import grpc
 import pytest
@@ -13,6 +14,7 @@ from loongjax.errors import ConfigError, RequestError
 from loongjax.sampling.params import SamplingParams
 from serving.client import AsyncClient, Client, ClientTls, RetryPolicy, ServerError
 from serving.client.messages import to_request
+from serving.grpc.inference import to_params
 from serving.stubs import inference_pb2 as pb
 from serving.stubs import inference_pb2_grpc as pb_grpc
 
@@ -100,6 +102,15 @@ def test_errors_say_what_the_server_said(client):
     assert (caught.value.code, caught.value.retry_after_s) == ("INVALID_ARGUMENT", None)
     with pytest.raises(ServerError, match="DEADLINE_EXCEEDED"):
         client.generate("a", LONG, timeout_s=0.01)
+
+
+def test_every_parameter_is_sent():
+    """A field that `SamplingParams` gets must not be dropped in silence here."""
+    asked = SamplingParams(
+        temperature=0.5, n=2, seed=3, max_tokens=4, stop_token_ids=(5,), ignore_eos=True
+    )
+    assert all(getattr(asked, each.name) != each.default for each in fields(asked))
+    assert to_params(to_request("a", asked).sampling) == asked
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from tests.serving.server import ENDLESS, PATIENCE_S, server
 pytestmark = pytest.mark.xdist_group("server")
 
 LONG = SamplingParams(**ENDLESS)
+SERVICE = health_pb2.HealthCheckRequest(service="loongjax.v1.Inference")
 
 
 def test_the_engine_dies(model, cache):
@@ -39,8 +40,7 @@ def test_the_engine_dies(model, cache):
             except ServerError as error:
                 codes.append(error.code)
 
-        service = health_pb2.HealthCheckRequest(service="loongjax.v1.Inference")
-        watch = health_pb2_grpc.HealthStub(channel).Watch(service, timeout=PATIENCE_S)
+        watch = health_pb2_grpc.HealthStub(channel).Watch(SERVICE, timeout=PATIENCE_S)
         assert next(watch).status == HealthCheckResponse.SERVING
         threads = [threading.Thread(target=wait) for _ in range(3)]
         for thread in threads:
@@ -59,18 +59,28 @@ def test_the_engine_dies(model, cache):
         assert it.process.wait(PATIENCE_S) == 1
 
 
-def test_who_is_cut_off_is_told_and_the_next_start_compiles_nothing(model, cache, running):
-    with server(model, cache, "--grace-s", "0") as it:
-        with Client(it.grpc, retry=RetryPolicy(attempts=1)) as client:
+def test_a_second_signal_cuts_off_and_the_next_start_compiles_nothing(model, cache, running):
+    """Whoever is cut off is told."""
+    codes: list[int] = []
+    with server(model, cache, "--grace-s", str(PATIENCE_S)) as it:
+        with (
+            grpc.insecure_channel(it.grpc) as channel,
+            Client(it.grpc, retry=RetryPolicy(attempts=1)) as client,
+        ):
+            watch = health_pb2_grpc.HealthStub(channel).Watch(SERVICE, timeout=PATIENCE_S)
+            assert next(watch).status == HealthCheckResponse.SERVING
             stream = client.stream("a", LONG)
             next(stream)
-            ended = threading.Thread(target=it.terminate)
+            it.process.terminate()
+            assert next(watch).status == HealthCheckResponse.NOT_SERVING
+            ended = threading.Thread(target=lambda: codes.append(it.terminate()))
             ended.start()
             with pytest.raises(ServerError) as caught:
                 for _ in stream:
                     pass
             assert caught.value.code == "UNAVAILABLE"
             ended.join(PATIENCE_S)
+        assert codes == [0]
         with pytest.raises(ServerError) as caught, Client(it.grpc) as client:
             client.generate("a", timeout_s=2.0)
         assert caught.value.code in ("UNAVAILABLE", "DEADLINE_EXCEEDED")

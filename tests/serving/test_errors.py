@@ -15,6 +15,7 @@ from serving.errors import (
     OversizedError,
     UnknownClientError,
     UnsupportedError,
+    brief,
     status_of,
 )
 
@@ -38,6 +39,15 @@ def test_codes(error, code, http):
     status = status_of(error)
     assert (status.grpc, status.http, status.message) == (code, http, "x")
     assert status.retry_after_s is None
+
+
+def test_a_long_value_is_told_in_brief():
+    message = f"model {'x' * 10_000!r} is not served here"
+    told = status_of(AbsentError(message)).message
+    assert len(told) <= 600
+    assert told.startswith("model 'xx")
+    assert told.endswith("xx' is not served here")
+    assert brief("y" * 600) == "y" * 600
 
 
 def test_who_is_busy_says_until_when():

@@ -152,6 +152,39 @@ def test_whoever_leaves_leaves_no_trace(comers, data):
     asyncio.run(main())
 
 
+def test_clients_that_went_are_forgotten_while_others_wait():
+    async def main() -> None:
+        crowd = Crowd()
+        async with AsyncExitStack() as stack:
+            stack.enter_context(crowd.gate.place("a"))
+            await stack.enter_async_context(crowd.gate.turn(Ticket(client="a", prompt_tokens=1)))
+            waiting = crowd.come("waiting", "b")
+            for i in range(20):
+                passing = crowd.come("passing", f"client {i}")
+                await settle()
+                passing.cancel()
+                await asyncio.wait([passing])
+            assert crowd.gate.waiting == 1
+            assert set(crowd.gate._used) == {"a", "b"}
+        await waiting
+
+    asyncio.run(main())
+
+
+def test_who_used_much_is_not_forgotten_by_going_away():
+    async def main() -> list[str]:
+        crowd = Crowd()
+        tasks = [crowd.come("hungry", "much", tokens=1000)]
+        await asyncio.sleep(0)
+        tasks += [crowd.come(f"few{i}", "few", tokens=1) for i in range(6)]
+        await tasks[0]  # nothing of this client is open now
+        tasks += [crowd.come("hungry again", "much", tokens=1)]
+        await asyncio.gather(*tasks)
+        return crowd.turns
+
+    assert asyncio.run(main())[-1] == "hungry again"
+
+
 def test_nobody_is_held_up_while_there_is_room():
     async def main() -> None:
         gate = Gate(limits=Limits(max_requests=3, max_queue=0))

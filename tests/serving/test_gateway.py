@@ -93,7 +93,8 @@ def test_a_chat_through_the_gateway(through, directly):
 def test_a_completion_through_the_gateway(through, directly):
     expected = directly.completions.create(prompt="hello", **GREEDY)
     found = through.completions.create(prompt="hello", **GREEDY)
-    assert found.choices[0].text == expected.choices[0].text
+    # The gateway detokenizes; it leaves a character away that the last tokens do not complete.
+    assert found.choices[0].text == expected.choices[0].text.rstrip("\N{REPLACEMENT CHARACTER}")
 
 
 def test_the_gateways_client_may_go(through, running):

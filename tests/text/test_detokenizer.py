@@ -91,6 +91,9 @@ class Counting:
         self.asked += 1
         return self.inner.piece(token)
 
+    def to_json(self, ids: int) -> str:
+        return self.inner.to_json(ids)
+
     def is_special(self, token: int) -> bool:
         return self.inner.is_special(token)
 

@@ -97,12 +97,11 @@ class Ours:
             )
 
     def _made(self) -> int:
-        counts = self.engine.stats().programs
-        return counts.compiled + counts.loaded + counts.rebound
+        return self.engine.executor.program_counts.made
 
 
 def load(settings: dict[str, Any]) -> Ours:
-    """See `Subject`; settings: model, dtype, max_len, max_requests; instances, degree."""
+    """See `Subject`; settings: model, dtype, max_len, instances, degree, pool_slots."""
     degree = settings["degree"]
     config = EngineConfig(
         cluster=ClusterConfig(instances=settings["instances"]),

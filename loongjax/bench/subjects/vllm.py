@@ -49,10 +49,12 @@ class VLLM:
 def load(settings: dict[str, Any]) -> VLLM:
     """See `Subject`; settings: model (folder), dtype, threads, max_len, max_requests."""
     threads = settings["threads"]
+    bound = hasattr(os, "sched_getaffinity")  # to the cores that all engines have
+    cores = sorted(os.sched_getaffinity(0))[:threads] if bound else range(threads)
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the step runs here, and its CPU time counts
         "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB
-        "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}",
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
         "OMP_NUM_THREADS": str(threads),
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",

@@ -12,12 +12,9 @@ from collections.abc import Sequence, Set
 
 from loongjax.costmodel.protocol import CostModel
 from loongjax.plan import DecodeStep, Group, InstanceId, RequestId, RequestView, step_requests
-from loongjax.scheduler.policies.seats import groups_in_flight, parts
+from loongjax.scheduler.policies.seats import groups_in_flight, larger_degrees, parts
 from loongjax.scheduler.policies.worktable import Worktable
 from loongjax.scheduler.scaling import scale_up
-
-_MOST_DEGREES = 8
-"""How many degrees are looked at for a group that might be larger."""
 
 
 def groups_to_go_on(
@@ -60,16 +57,18 @@ def _stays(
     cost: CostModel,
 ) -> bool:
     """Whether these would be planned again on this group, with `quiet` instances to be had."""
-    together = parts(view.homes for view in rows)
-    if len(together) > 1:
-        return False
     topology, least = table.snapshot.topology, -(-len(rows) // table.snapshot.max_rows)
-    cover = topology.smallest_cover(together[0], frozenset(group), least)
-    if cover is None:
+    size = len(group)
+    if size > 1:
+        together = parts(view.homes for view in rows)
+        cover = topology.smallest_cover(together[0], frozenset(group), least)
+        if cover is None or len(together) > 1:
+            return False
+        size = len(cover)
+    elif least > 1:
         return False
-    size, most = len(cover), len(group) + len(quiet)
-    degrees = [degree for degree in topology.degrees if size < degree <= most]
+    degrees = larger_degrees(topology, size, len(group) + len(quiet))
     if not degrees:
         return size == len(group)
     tokens = sum([view.computed for view in rows])
-    return scale_up(len(rows), tokens, size, degrees[:_MOST_DEGREES], cost) == len(group)
+    return scale_up(len(rows), tokens, size, degrees, cost) == len(group)

@@ -88,23 +88,22 @@ class Prefills:
         in_flight = self._table.snapshot.in_flight
         line = (view for view in self._table.line if view.id not in in_flight)
         views = list(islice(line, _MOST_PROMPTS))
-        whole = [self._whole(view) for view in views]
         for _ in range(_ROUNDS):
             if not views or not self._outlook.ready:
                 return
-            head, prompts = views[0], list(_until_none(whole))
+            head, first = views[0], self._whole(views[0])
             patient = self._is_patient(head, now)
-            if not prompts:
+            if first is None:
                 count = self._seat_next(head)
+            elif not self._has_memory(first):
+                count = 0
             elif patient and self._would_block(head):
-                count = self._seat_beside(head, prompts)
+                count = self._seat_beside(head, first)
             else:
-                count = self._seat_whole(views, prompts)
+                count = self._seat_whole(views, list(self._first_whole(views)))
             if not count and not patient:
                 return
-            more = list(islice(line, count or 1))
-            views = views[count or 1 :] + more
-            whole = whole[count or 1 :] + [self._whole(view) for view in more]
+            views = views[count or 1 :] + list(islice(line, count or 1))
 
     def anyone_waits(self, now: float) -> bool:
         """Whether a prompt that this plan does not begin waits for more than memory."""
@@ -125,6 +124,14 @@ class Prefills:
         prompt = self._prompt(view)
         return None if view.kv or prompt.tokens > self._longest else prompt
 
+    def _first_whole(self, views: Iterable[RequestView]) -> Iterator[Prompt]:
+        """The prompts of the first in line, up to one that no step can compute all of."""
+        for view in views:
+            prompt = self._whole(view)
+            if prompt is None:
+                return
+            yield prompt
+
     # ---- who lets others go first ----------------------------------------------------
 
     def _is_patient(self, view: RequestView, now: float) -> bool:
@@ -141,28 +148,28 @@ class Prefills:
         work = [ChunkWork(max(1, view.uncomputed), view.computed)]
         return self._cost.prefill(self._degrees[-1], work)
 
-    def _seat_beside(self, head: RequestView, prompts: Sequence[Prompt]) -> int:
+    def _seat_beside(self, head: RequestView, prompt: Prompt) -> int:
         """Begins a prompt that takes long, alone, on instances that leave one to others, unless it
         needs all; says whether it did.
         """
-        self._limit_for(prompts[0])
+        self._limit_for(prompt)
         everything = self._table.everything
-        needed = -(-prompts[0].tokens // self._limits.tokens)
+        needed = -(-prompt.tokens // self._limits.tokens)
         if needed < len(everything):
             soon = [i for i, wait in self._outlook.late_waits.items() if wait <= self._block_s]
             others = (everything - self._table.late - self._used).union(soon)
             self._most_instances = len(others) - 1
         try:
-            return self._seat_whole([head], prompts[:1]) if self._most_instances != 0 else 0
+            return self._seat_whole([head], [prompt]) if self._most_instances != 0 else 0
         finally:
             self._most_instances = None
 
     # ---- whole prompts ---------------------------------------------------------------
 
     def _seat_whole(self, line: Sequence[RequestView], prompts: Sequence[Prompt]) -> int:
-        """Begins prompts, those of the first in line, from the first on; says how many."""
-        if not self._has_memory(prompts[0]):
-            return 0
+        """Begins prompts, those of the first in line, from the first on, for which there is memory;
+        says how many.
+        """
         self._limit_for(prompts[0])
         candidates = self._outlook.candidates(line[0], self._used)
         moving = self._begin(line, prompts, candidates) if self._migrates else None
@@ -392,13 +399,6 @@ class Prefills:
         )
         self._append(found.group, (found.chunk,), (found.placement,))
         return 1
-
-
-def _until_none(whole: Iterable[Prompt | None]) -> Iterator[Prompt]:
-    for prompt in whole:
-        if prompt is None:
-            return
-        yield prompt
 
 
 def _weight(prompts: Sequence[Prompt]) -> float:

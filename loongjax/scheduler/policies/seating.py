@@ -23,7 +23,13 @@ from itertools import count
 
 from loongjax.costmodel.protocol import CostModel
 from loongjax.plan import DecodeStep, Group, InstanceId, RequestId, RequestView
-from loongjax.scheduler.policies.seats import Seat, cover_together, most_free, seat_beside
+from loongjax.scheduler.policies.seats import (
+    Seat,
+    cover_together,
+    larger_degrees,
+    most_free,
+    seat_beside,
+)
 from loongjax.scheduler.policies.worktable import Worktable, line_key
 from loongjax.scheduler.scaling import choose_masters, masters_needed, scale_up
 
@@ -107,8 +113,8 @@ class Seating:
                 return
             empty = frozenset(filter(table.is_empty, table.idle))
             size = len(batch.group)
-            degrees = [d for d in topology.degrees if size < d <= size + len(empty)]
-            degree = scale_up(len(batch.rows), _kv_tokens(batch), size, degrees[:8], cost)
+            degrees = larger_degrees(topology, size, size + len(empty))
+            degree = scale_up(len(batch.rows), _kv_tokens(batch), size, degrees, cost)
             if degree == size:
                 continue
             group = topology.smallest_cover(batch.members, batch.members | empty, degree)
@@ -200,7 +206,7 @@ class Seating:
             return False
         else:
             free[home] -= 1
-        batch.needed.update(share[0] for share in view.kv)
+        batch.needed.update([share[0] for share in view.kv])
         batch.rows.append((view, home))
         return True
 

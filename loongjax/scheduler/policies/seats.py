@@ -6,11 +6,15 @@ which group batches and a request need together, and how it grows by an instance
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar, runtime_checkable
 
-from loongjax.plan import Group, InstanceId, RequestView, Snapshot
+from loongjax.plan import Group, InstanceId, RequestView, Snapshot, Topology
+
+_MOST_DEGREES = 8
+"""How many degrees are looked at for a group that might be larger."""
 
 
 @runtime_checkable
@@ -115,9 +119,16 @@ def groups_in_flight(snapshot: Snapshot, soon: Set[InstanceId]) -> dict[Group, l
             members.setdefault(instance.busy_seq, []).append(instance.id)
     rows: dict[int, list[RequestView]] = {seq: [] for seq in members}
     for view in snapshot.running:
-        if view.last_seq in rows and view.computed < view.peak:
+        if view.last_seq in rows and view.computed < view.prompt + view.max_tokens - 1:
             rows[view.last_seq].append(view)
     return {tuple(group): rows[seq] for seq, group in members.items() if rows[seq]}
+
+
+def larger_degrees(topology: Topology, size: int, most: int) -> tuple[int, ...]:
+    """Degrees above `size` and up to `most` that a group might grow to, the lowest few."""
+    first = bisect_right(topology.degrees, size)
+    last = bisect_right(topology.degrees, most)
+    return topology.degrees[first : min(last, first + _MOST_DEGREES)]
 
 
 def most_free(
