@@ -2,8 +2,8 @@
 
 An answer is `{"line", "id", "text", "token_ids", "finish_reason", "prompt_tokens"}`, with
 `outputs` beside it where `n` asked for several, and with `logprobs` and `prompt_logprobs` where
-those were asked for, lists of `{"token", "logprob", "rank", "top": {token: logprob}}`; what cannot be
-answered is `{"line", "error"}`.
+those were asked for, lists of `{"token", "logprob", "rank", "top": {token: logprob}}`. What
+cannot be answered is `{"line", "error"}`.
 """
 
 from __future__ import annotations
