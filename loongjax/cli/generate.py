@@ -13,8 +13,9 @@ from loongjax.api.llm import LLM
 from loongjax.api.outputs import RequestOutput
 from loongjax.cli.job import add_job_options, refuse_without_input, run_job
 from loongjax.cli.options import add_engine_options, add_json_option, llm_arguments
+from loongjax.cli.sampling import add_sampling_options, sampling_params, without_flags
 from loongjax.errors import ConfigError, RequestError
-from loongjax.sampling.params import SamplingParams
+from loongjax.offline.native import as_json
 
 _EPILOG = """\
 examples:
@@ -56,15 +57,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument(
         "--chat", action="store_true", help="put the prompt into the model's chat template"
     )
-    sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--max-tokens", type=int, metavar="N", help="tokens to generate at most")
-    sampling.add_argument(
-        "--temperature", type=float, default=0.0, help="0 takes the most likely token (default 0)"
-    )
-    sampling.add_argument("--seed", type=int, help="of the random draw (default: a new one)")
-    sampling.add_argument(
-        "--ignore-eos", action="store_true", help="go on after the model's end tokens"
-    )
+    add_sampling_options(parser)
     add_job_options(parser)
     add_json_option(parser)
     parser.set_defaults(run=run)
@@ -72,14 +65,9 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def run(options: argparse.Namespace) -> None:
     """Answers the prompt, or the file, and prints the text, or the JSON object."""
-    params = SamplingParams(
-        temperature=options.temperature,
-        seed=options.seed,
-        max_tokens=options.max_tokens,
-        ignore_eos=options.ignore_eos,
-    )
+    params = sampling_params(options)
     if options.input is not None:
-        run_job(options, params, unset=SamplingParams(temperature=0.0))
+        run_job(options, params, unset=without_flags())
         return
     refuse_without_input(options)
     if options.model is None:
@@ -96,7 +84,8 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(report), flush=True)
     else:
-        print(output.token_ids if output.text is None else output.text, flush=True)
+        for answer in output.outputs:
+            print(answer.token_ids if answer.text is None else answer.text, flush=True)
         print(summary(report), file=sys.stderr)
 
 
@@ -128,12 +117,12 @@ def read_prompt(options: argparse.Namespace) -> str | list[int]:
 def describe(llm: LLM, output: RequestOutput) -> dict[str, Any]:
     """What `--json` prints."""
     stats = llm.stats()
+    answers = [as_json(answer) for answer in output.outputs]
     return {
-        "text": output.text,
-        "token_ids": list(output.token_ids),
+        **answers[0],
+        **({"outputs": answers} if len(answers) > 1 else {}),
         "prompt_tokens": len(output.prompt_token_ids),
-        "completion_tokens": len(output.token_ids),
-        "finish_reason": output.finish_reason,
+        "completion_tokens": sum(len(answer.token_ids) for answer in output.outputs),
         "steps": [
             {
                 "kind": run.kind,

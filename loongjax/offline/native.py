@@ -65,12 +65,12 @@ class NativeFormat:
 
     def answered(self, task: Task, answer: Answer) -> dict[str, Any]:
         """See the module."""
-        first = _completion(answer.completions[0])
+        first = as_json(answer.completions[0])
         told = {"line": task.line, "id": task.name, **first, "prompt_tokens": answer.prompt_tokens}
         if task.params.prompt_logprobs is not None:
             told["prompt_logprobs"] = _logprobs(answer.prompt_logprobs)
         if task.params.n > 1:
-            told["outputs"] = [_completion(each) for each in answer.completions]
+            told["outputs"] = [as_json(each) for each in answer.completions]
         return told
 
     def refused(self, record: Record, message: str) -> dict[str, Any]:
@@ -102,7 +102,8 @@ def _messages(value: Any) -> Prompt:
     return value
 
 
-def _completion(completion: CompletionOutput) -> dict[str, Any]:
+def as_json(completion: CompletionOutput) -> dict[str, Any]:
+    """An answer as it stands in a line."""
     told: dict[str, Any] = {
         "text": completion.text,
         "token_ids": list(completion.token_ids),

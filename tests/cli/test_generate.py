@@ -90,6 +90,22 @@ def test_degrees_do_not_change_the_answer(capsys, ids_file):
     assert answers[0] == answers[1] == answers[2]
 
 
+def test_answers_of_a_prompt_and_what_ends_them(capsys):
+    drawn = ["--prompt", "abc", "--max-tokens", "6", "--temperature", "1", "--seed", "3"]
+    assert generate(*MODEL, *drawn, "--n", "2", "--logprobs", "1", "--json") == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    first, second = report["outputs"]
+    assert first["token_ids"] == report["token_ids"] != second["token_ids"]
+    assert report["completion_tokens"] == 12
+    assert [each["token"] for each in second["logprobs"]] == second["token_ids"]
+    assert all(len(each["top"]) == 1 for each in second["logprobs"])
+
+    stop = first["text"][2:]
+    assert generate(*MODEL, *drawn, "--stop", stop, "--json") == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (report["text"], report["finish_reason"]) == (first["text"][:2], "stop")
+
+
 def test_text_for_people(capsys):
     assert generate(*MODEL, "--prompt", "abc", "--max-tokens", "3") == 0
     printed = capsys.readouterr()
@@ -106,6 +122,8 @@ def test_text_for_people(capsys):
         (["--prompt", "abc", "--max-tokens", "0"], "max_tokens must be at least 1, not 0"),
         (["--prompt", "abc", "--temperature", "-1"], "temperature"),
         (["--prompt", "abc", "--seed", "-5"], "seed"),
+        (["--prompt", "abc", "--top-p", "2"], "top_p must be in (0, 1], not 2"),
+        (["--prompt", "abc", "--n", "0"], "n must be in [1, 128], not 0"),
         (["--prompt", "abc", "--instances", "2", "--degrees", "3"], "3"),
         (["--prompt", "abc", "--instances", "0"], "instances"),
         (["--prompt", "abc", "--instances", "900"], "900"),
