@@ -3,8 +3,9 @@
 Owns the meaning of a plan: what may stand in it, given a snapshot. Owns no books: blocks
 are counted the way `BlockAllocator` gives them out, so that a valid plan is never refused
 there. One thing is not in a snapshot: how a request's tokens lie in its blocks, if those are
-larger than a token. So a move counts as many blocks as it may need at most, which is exact
-where KV without holes moves. Pure Python; O(rows + shares) a plan, and a glance at every request.
+larger than a token. So a move counts as many blocks as it may need at most: where KV without
+holes moves, one too many at most. Pure Python; O(rows + shares) a plan, and a glance at every
+request.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ def keep_only_the_own_stripe(degree: int):
 def test_retention_sends_nothing(programs, monkeypatch, degree):
     retaining = programs("prefill", degree, "float32").as_text()
     forgetful = replace(kernels_of("xla"), kv_write=keep_only_the_own_stripe(degree))
-    monkeypatch.setattr(build, "kernels_of", lambda _: forgetful)
+    monkeypatch.setattr(build, "kernels_of", lambda *_: forgetful)
     plain = compiled("prefill", degree, "float32").as_text()
     writes = [text.count(" scatter(") for text in (retaining, plain)]
     assert writes == [2 * TINY.layers * degree, 2 * TINY.layers]
