@@ -25,10 +25,12 @@ if TYPE_CHECKING:
     )
     from loongjax.errors import (
         BackendStartedError,
+        BenchError,
         CapacityError,
         ConfigError,
         EngineClosedError,
         IntegrityError,
+        LinesError,
         LoongJaxError,
         ModelError,
         PlanError,
@@ -51,6 +53,7 @@ __all__ = [
     "ConfigError",
     "EngineClosedError",
     "IntegrityError",
+    "LinesError",
     "LoongJaxError",
     "ModelError",
     "PendingRequest",

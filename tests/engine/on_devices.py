@@ -18,6 +18,7 @@ from loongjax.executor.create import create_executor
 from loongjax.executor.jax_executor import JaxExecutor
 from loongjax.models.config import ModelConfig
 from loongjax.models.random_weights import RandomSource
+from pallas_kernels.backend_names import Backend
 from tests.engine.scripted import Role
 from tests.esp.lives import EPSILON
 from tests.esp.rig import TINY, WINDOWED, reference_logits
@@ -32,13 +33,17 @@ class Stage:
 
     Attributes:
       model: Its first layer has a window in `WINDOWED`, its second sees everything.
-      instances: Any of them may form a group.
+      instances: How many there are.
       block_size: Tokens per block.
+      degrees: Of its groups; None: every one.
+      attention_backend: Its kernels; None: those of the platform.
     """
 
     model: ModelConfig
     instances: int
     block_size: int
+    degrees: tuple[int, ...] | None = None
+    attention_backend: Backend | None = None
 
 
 TOKENS = Stage(model=WINDOWED, instances=4, block_size=1)
@@ -46,11 +51,12 @@ BLOCKS = Stage(model=TINY, instances=2, block_size=4)
 
 
 def make_executor(stage: Stage, program_dir: Path) -> JaxExecutor:
-    degrees = tuple(range(1, stage.instances + 1))
+    degrees = stage.degrees or tuple(range(1, stage.instances + 1))
     config = EngineConfig(
         cluster=ClusterConfig(instances=stage.instances, degrees=degrees),
         pool=PoolConfig(block_size=stage.block_size, slots=SLOTS),
         max_chunk_tokens=BUCKET,
+        attention_backend=stage.attention_backend,
         program_dir=program_dir,
     )
     return create_executor(stage.model, RandomSource(config=stage.model), config)
