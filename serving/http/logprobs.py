@@ -36,11 +36,7 @@ class LogprobWriter:
         return {
             "tokens": texts,
             "token_logprobs": [each.logprob for each in logprobs],
-            # The token itself is among them, however unlikely.
-            "top_logprobs": [
-                {self.text(token): value for token, value in each.top} | {text: each.logprob}
-                for each, text in zip(logprobs, texts, strict=True)
-            ],
+            "top_logprobs": [self._by_text(each) for each in logprobs],
             "text_offset": offsets,
         }
 
@@ -53,6 +49,16 @@ class LogprobWriter:
         if self.tokenizer is None:
             return f"token_id:{token}"
         return self.tokenizer.decode((token,), skip_special=False)
+
+    def _by_text(self, logprobs: TokenLogprobs) -> dict[str, float]:
+        """The likeliest tokens, and the token itself, however unlikely; of those with one text, as
+        halves of a character have it, the likeliest.
+        """
+        found: dict[str, float] = {}
+        for token, value in (*logprobs.top, (logprobs.token, logprobs.logprob)):
+            text = self.text(token)
+            found[text] = max(value, found.get(text, value))
+        return found
 
     def _by_id(self, logprobs: TokenLogprobs) -> dict[str, Any]:
         ranked = [(token, value, i) for i, (token, value) in enumerate(logprobs.top, 1)]

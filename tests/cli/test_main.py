@@ -12,7 +12,7 @@ from loongjax.cli.main import main
     [
         ((), "the following arguments are required: COMMAND"),
         (("fly",), "invalid choice: 'fly'"),
-        (("generate", "--prompt", "a"), "the following arguments are required: --model"),
+        (("aot",), "the following arguments are required: --target, --model-shape, --out"),
         (
             ("generate", "--model", "random:tiny", "--prompt", "a", "--instances", "abc"),
             "argument --instances: invalid int value: 'abc'",

@@ -107,7 +107,24 @@ def test_errors_say_what_the_server_said(client):
 def test_every_parameter_is_sent():
     """A field that `SamplingParams` gets must not be dropped in silence here."""
     asked = SamplingParams(
-        temperature=0.5, n=2, seed=3, max_tokens=4, stop_token_ids=(5,), ignore_eos=True
+        temperature=0.5,
+        top_k=4,
+        top_p=0.5,
+        min_p=0.25,
+        repetition_penalty=1.5,
+        presence_penalty=0.5,
+        frequency_penalty=-0.5,
+        logit_bias={7: 1.5},
+        n=2,
+        seed=3,
+        max_tokens=4,
+        min_tokens=1,
+        stop="end",
+        stop_token_ids=(5,),
+        include_stop_str_in_output=True,
+        ignore_eos=True,
+        logprobs=2,
+        prompt_logprobs=1,
     )
     assert all(getattr(asked, each.name) != each.default for each in fields(asked))
     assert to_params(to_request("a", asked).sampling) == asked

@@ -90,9 +90,9 @@ def test_several_answers(stub):
 
 
 def test_refusals_name_the_field(stub):
-    error = refusal(stub, request(top_p=0.5))
+    error = refusal(stub, request(top_p=1.5))
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert "sampling_params.top_p" in error.details()
+    assert "top_p must be in (0, 1], not 1.5" in error.details()
     error = refusal(stub, request(max_tokens=300))
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert "max_model_len 256" in error.details()
