@@ -45,7 +45,7 @@ def test_attention_that_is_shorter_than_the_transfer_hides_nothing():
 
 
 def test_all_kernels_beside_a_hop_count_together():
-    short = step("v5e:2x4", "llama3-8b", 1024)
+    short = step("v5e:2x4", "llama3-8b", 512)
     (work,) = hops(PROGRAM)[0].between
     hop = Hop(bytes=short.bytes, runs=1, between=(work,) * 4)
     assert overlap(PROGRAM, [hop], short) == 1.0
@@ -56,7 +56,7 @@ def test_all_kernels_beside_a_hop_count_together():
     ("target", "shape", "least"),
     [
         ("v5e:2x4", "llama2-7b", 8192),
-        ("v5e:2x4", "llama3-8b", 2048),
+        ("v5e:2x4", "llama3-8b", 1024),
         ("a100x8", "llama3-8b", 512),
         ("h100x8", "llama2-7b", 8192),
     ],
