@@ -22,7 +22,7 @@ from loongjax.esp.sampling import sample_rows, score_prompt
 from loongjax.kvcache.pool import KVPool, to_stored
 from loongjax.models.decoder import Decoder
 from pallas_kernels.backends import Kernels
-from pallas_kernels.partials import empty_carry, finish
+from pallas_kernels.partials import Carry, empty_carry, finish
 
 _SAMPLED_AT_ONCE = 4  # most steps end few prompts
 
@@ -57,11 +57,11 @@ class RingAttention:
         dtype = jnp.float32 if self.widens else q_TxHxD.dtype
         q_HxTxD = q_TxHxD.transpose(1, 0, 2).astype(dtype)
         kv_TxXxD = jnp.concatenate([k_TxGxD, v_TxGxD], axis=1)  # K and V in one hop
-        if self.degree > 1:
-            # Else the first fold could begin before what the first hop sends is put together,
-            # and that hop would have no fold beside it.
-            q_HxTxD, kv_TxXxD = lax.optimization_barrier((q_HxTxD, kv_TxXxD))
-        carry = empty_carry((heads, tokens), head_dim)
+        # The first fold is not to begin before what the first hop sends is put together: that hop
+        # would have no fold beside it. And what depends on nothing, such as an empty carry, XLA
+        # makes for all layers before the first.
+        zero, q_HxTxD, kv_TxXxD = lax.optimization_barrier((jnp.float32(0), q_HxTxD, kv_TxXxD))
+        carry = Carry(*(each + zero for each in empty_carry((heads, tokens), head_dim)))
         pool = state
         for hop in range(self.degree):
             source = (rank - hop) % self.degree
@@ -84,10 +84,10 @@ class RingAttention:
                 used=self.meta["used"],
                 scale=head_dim**-0.5,
             )
-            if not last:
-                # Ties each hop to the fold beside it. Left alone, XLA lets hops run ahead
-                # of the folds that should hide them, and keeps all stripes in memory.
-                kv_TxXxD, carry = lax.optimization_barrier((arriving, carry))
+            # Ties each hop and what is kept to the fold beside them. Left alone, XLA lets hops run
+            # ahead of the folds that should hide them, and keeps stripes in memory until it stores
+            # what is kept of them.
+            kv_TxXxD, carry, pool = lax.optimization_barrier((arriving, carry, pool))
         if self.history is not None:
             carry = self.history(carry, q_HxTxD, pool, layer, window)
         return finish(carry).o.transpose(1, 0, 2).astype(q_TxHxD.dtype), pool
