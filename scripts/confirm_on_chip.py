@@ -22,6 +22,7 @@ import numpy as np
 
 from loongjax import LLM, SamplingParams
 from loongjax.aot.targets import target_of
+from loongjax.cluster.emulation import prepare_devices
 from loongjax.costmodel.hardware import load_hardware
 from pallas_kernels.backends import Kernels, default_backend, kernels_of
 from pallas_kernels.paged_attention import RowTables, chunk_entries
@@ -63,6 +64,7 @@ def main() -> int:
     parser.add_argument("--library", type=Path, metavar="DIR", help="what loongjax aot wrote")
     parser.add_argument("--model-shape", metavar="NAME", help="what it was compiled for")
     options = Options(**vars(parser.parse_args()))
+    prepare_devices(1)
     failed = [name for name, check in CHECKS.items() if not _passes(name, check, options)]
     return 1 if failed else 0
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING, Literal
 
+from loongjax.cluster.emulation import GPU_MEMORY_SHARE
 from loongjax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,8 +25,7 @@ class Target:
       compiler: The environment that compiles for it.
       topology: How jax names the arrangement of the chips.
       chips: How many there are.
-      memory_share: The part of a chip's memory that jax hands out. On GPU it takes 75 % of it
-        when it starts (jax's documentation, "GPU memory allocation").
+      memory_share: The part of a chip's memory that jax hands out.
     """
 
     name: str
@@ -57,8 +57,12 @@ TARGETS = (
     Target(name="v5e:2x4", chip="v5e", compiler="tpu", topology="v5e:2x4"),
     Target(name="v6e:2x4", chip="v6e", compiler="tpu", topology="v6e:2x4"),
     Target(name="v5p:2x2x2", chip="v5p", compiler="tpu", topology="v5p:2x2x2"),
-    Target(name="a100x8", chip="a100", compiler="cuda", topology="1x1x8", memory_share=0.75),
-    Target(name="h100x8", chip="h100", compiler="cuda", topology="1x1x8", memory_share=0.75),
+    Target(
+        name="a100x8", chip="a100", compiler="cuda", topology="1x1x8", memory_share=GPU_MEMORY_SHARE
+    ),
+    Target(
+        name="h100x8", chip="h100", compiler="cuda", topology="1x1x8", memory_share=GPU_MEMORY_SHARE
+    ),
 )
 
 

@@ -1,4 +1,4 @@
-"""Emulated CPU devices: what has to be set before the jax backend starts.
+"""What has to be set before the jax backend starts: emulated CPU devices, a GPU's memory.
 
 A process gets its devices and its threads when the backend starts. Several instances need many
 threads, and get a few more devices than needed, so that a notebook can try another degree. One
@@ -16,6 +16,12 @@ from jax.extend import backend
 
 from loongjax.errors import BackendStartedError, ConfigError
 
+GPU_MEMORY_SHARE = 0.9
+"""The part of a GPU's memory that jax takes when it starts, unless the environment says another:
+its own choice, 75 %, would leave tens of gigabytes to nobody. The rest is for the driver, for NCCL
+and for the libraries of products.
+"""
+_SHARES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # not both: jax refuses
 _DEVICES_TO_SHARE = 8
 # The CPU client sizes its thread pools by NPROC, else by the cores. With a thread for each core,
 # programs of disjoint groups in flight together can wait for each other's threads forever.
@@ -25,15 +31,17 @@ _log = logging.getLogger(__name__)
 
 
 def prepare_devices(needed: int) -> None:
-    """Makes jax emulate at least `needed` devices if it runs on CPU.
+    """Makes jax emulate at least `needed` devices on CPU, and take most of a GPU's memory.
 
-    Emulates 64 at most; does nothing to accelerators. A backend that runs with too few is
+    Emulates 64 at most. A backend that runs with too few is
     started anew if no array lives on it; jitted functions then compile again.
 
     Raises:
       BackendStartedError: An array does; the message says what to run first.
       ConfigError: NPROC is set, and is no whole number.
     """
+    if not any(name in os.environ for name in _SHARES):
+        os.environ[_SHARES[0]] = str(GPU_MEMORY_SHARE)
     if needed == 1:
         return  # there always is one
     wanted = min(max(needed, _DEVICES_TO_SHARE), _POOL_THREADS)  # a thread for each device

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from loongjax.cluster.emulation import prepare_devices
+from loongjax.cluster.emulation import GPU_MEMORY_SHARE, prepare_devices
 from loongjax.errors import ConfigError
+
+SHARES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 ROOT = Path(__file__).parents[2]
 PREPARE = "from loongjax.cluster.emulation import prepare_devices; prepare_devices"
@@ -127,3 +129,14 @@ def test_an_nproc_that_is_no_number_is_the_callers_mistake(monkeypatch):
     with pytest.raises(ConfigError, match=r"NPROC .* must be a whole number, not 'abc'.*Unset it"):
         prepare_devices(2)
     prepare_devices(1)  # nobody looks at it
+
+
+def test_jax_takes_most_of_a_gpus_memory_unless_the_environment_says_another(monkeypatch):
+    for name in SHARES:
+        monkeypatch.delenv(name, raising=False)
+    prepare_devices(1)
+    assert os.environ[SHARES[0]] == str(GPU_MEMORY_SHARE)
+    monkeypatch.delenv(SHARES[0])
+    monkeypatch.setenv(SHARES[1], "0.5")
+    prepare_devices(1)
+    assert SHARES[0] not in os.environ

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 
-LARGEST = 96 * 2**20
+LARGEST = 384 * 2**20  # what the decoders of stored chunks take does not grow with it
 SCRIPT = f"""
 import dataclasses, json, sys, threading, time, psutil
 from loongjax.checkpoint import convert
