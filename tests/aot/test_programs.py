@@ -1,7 +1,7 @@
 """Programs of a model of 7B width, compiled for every target by its own compiler.
 
 For each: a prefill with retention, a chunk over history and a decode program, on half of the chips,
-two layers deep. On TPU only the prefill gets the compiler's whole effort, most of a minute, without
+two layers deep, or eight on GPU, where layers are unrolled and could pile up. On TPU only the prefill gets the compiler's whole effort, most of a minute, without
 which hops are not hidden. The first run installs the compilers, some hundred megabytes; they stay.
 """
 
@@ -37,7 +37,7 @@ def server(target: Target) -> AotRequest:
         target=target.name,
         model_shape="llama3-8b",
         degrees=(4,),
-        layers=2,
+        layers=2 if target.compiler == "tpu" else 8,
         max_chunk_tokens=8192,
         pool_slots=SLOTS,
     )
