@@ -7,6 +7,7 @@ holds the plugin alone; everything else is that of the interpreter which starts 
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import subprocess
@@ -50,11 +51,16 @@ def install(compiler: Compiler, folder: Path) -> None:
 
     Raises ConfigError with pip's last words if it fails.
     """
-    if is_installed(compiler, folder):
-        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{compiler}.lock", "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # who comes second finds it there
+        if not is_installed(compiler, folder):
+            _install(compiler, folder)
+
+
+def _install(compiler: Compiler, folder: Path) -> None:
     packages = packages_of(compiler)
     _log.info("installing %s into %s", " ".join(packages), folder / compiler)
-    folder.mkdir(parents=True, exist_ok=True)
     _run([sys.executable, "-m", "venv", "--clear", "--without-pip", str(folder / compiler)])
     pip = [sys.executable, "-m", "pip", "--python", str(_python(compiler, folder))]
     _run([*pip, "install", "--quiet", "--no-deps", *packages])

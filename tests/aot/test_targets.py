@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from importlib import metadata, resources
 
 import pytest
 
+from loongjax.aot import compilers
 from loongjax.aot.compilers import install, is_installed, packages_of, start
 from loongjax.aot.targets import TARGETS, target_of
 from loongjax.costmodel.hardware import load_hardware
@@ -48,3 +51,22 @@ def test_a_failed_installation_shows_pips_last_words(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"(?s)install .* failed:.*no==such==version"):
         install("tpu", tmp_path)
     assert not is_installed("tpu", tmp_path)
+
+
+def test_two_that_install_at_once_do_it_once(tmp_path, monkeypatch):
+    """As two processes of a test run do."""
+    done = []
+
+    def slow(compiler, folder):
+        done.append(compiler)
+        time.sleep(0.1)
+        (folder / compiler).mkdir()
+        (folder / compiler / "installed.txt").write_text("\n".join(packages_of(compiler)) + "\n")
+
+    monkeypatch.setattr(compilers, "_install", slow)
+    both = [threading.Thread(target=compilers.install, args=("tpu", tmp_path)) for _ in range(2)]
+    for each in both:
+        each.start()
+    for each in both:
+        each.join()
+    assert done == ["tpu"]
