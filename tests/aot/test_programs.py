@@ -1,9 +1,9 @@
 """Programs of a model of 7B width, compiled for every target by its own compiler.
 
 For each: a prefill with retention, a chunk over history and a decode program, on half of the chips,
-two layers deep, or eight on GPU, where layers are unrolled and could pile up. On TPU only the prefill
-gets the compiler's whole effort, most of a minute, without which hops are not hidden. The first run
-installs the compilers, some hundred megabytes; they stay.
+two layers deep, or eight on GPU, where layers are unrolled and could pile up. On TPU only the
+prefill gets the compiler's whole effort, most of a minute, without which hops are not hidden. The
+first run installs the compilers, some hundred megabytes; they stay.
 """
 
 from __future__ import annotations
