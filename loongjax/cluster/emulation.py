@@ -16,10 +16,11 @@ from jax.extend import backend
 
 from loongjax.errors import BackendStartedError, ConfigError
 
-GPU_MEMORY_SHARE = 0.9
-"""The part of a GPU's memory that jax takes when it starts, unless the environment says another:
-its own choice, 75 %, would leave tens of gigabytes to nobody. The rest is for the driver, for NCCL
-and for the libraries of products.
+GPU_MEMORY_SHARE = 0.8
+"""The part of a GPU's memory that jax takes when it starts, unless the environment says another.
+Its own choice is 75 %. With arguments of more than 80 % of the memory, weights and pool among them,
+XLA hides no hop of the ring any more: its scheduler plans with so much, and holds what overlaps
+to the rest.
 """
 _SHARES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # not both: jax refuses
 _DEVICES_TO_SHARE = 8
