@@ -51,6 +51,8 @@ def install(compiler: Compiler, folder: Path) -> None:
 
     Raises ConfigError with pip's last words if it fails.
     """
+    if is_installed(compiler, folder):
+        return  # also where nobody may write
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / f"{compiler}.lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # who comes second finds it there

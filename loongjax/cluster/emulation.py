@@ -34,8 +34,8 @@ _log = logging.getLogger(__name__)
 def prepare_devices(needed: int) -> None:
     """Makes jax emulate at least `needed` devices on CPU, and take most of a GPU's memory.
 
-    Emulates 64 at most. A backend that runs with too few is
-    started anew if no array lives on it; jitted functions then compile again.
+    Emulates 64 at most. A backend that runs with too few is started anew if no array lives on
+    it; jitted functions then compile again.
 
     Raises:
       BackendStartedError: An array does; the message says what to run first.
