@@ -18,22 +18,12 @@ from typing import Any, Literal, TypeAlias
 from loongjax.checkpoint.pieces import Dtype, Writer, write_whole
 from loongjax.errors import ConfigError
 from loongjax.models.hf_config import config_to_hf
-from loongjax.models.resolve import CONVERSION, ResolvedModel, resolve
+from loongjax.models.resolve import COMPANION_FILES, CONVERSION, ResolvedModel, resolve
 from loongjax.models.weights import iter_specs, weight_specs
 from loongjax.text import load_tokenizer
 from loongjax.text.export import tokenizer_files
 
 Layout: TypeAlias = Literal["orbax", "hf"]
-_COPIED = (
-    "generation_config.json",
-    "tokenizer*",
-    "tekken.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,7 +137,7 @@ def _write_weights(writer: Writer, on_progress: Callable[[int, int, str], None])
 
 def _write_tokenizer(resolved: ResolvedModel, folder: Path) -> None:
     if resolved.folder is not None:
-        for pattern in _COPIED:
+        for pattern in COMPANION_FILES:
             for file in filter(Path.is_file, resolved.folder.glob(pattern)):
                 shutil.copyfile(file, folder / file.name)
         return

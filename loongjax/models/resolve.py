@@ -23,11 +23,8 @@ _RANDOM = "random:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _FILE_ENDINGS = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".json")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
-_HUB_PATTERNS = (
-    "config.json",
+COMPANION_FILES = (
     "generation_config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
     "tokenizer*",
     "tekken.json",
     "vocab.json",
@@ -35,6 +32,13 @@ _HUB_PATTERNS = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",
+)
+"""What lies beside a model's `config.json` and weights, as patterns."""
+_HUB_PATTERNS = (
+    "config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    *COMPANION_FILES,
 )
 
 
