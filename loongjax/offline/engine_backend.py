@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import cast
 
 from loongjax.api.answers import AnswerBuilder
-from loongjax.api.prompts import encode_prompt, need_tokenizer
+from loongjax.api.prompts import encode_prompt
 from loongjax.engine import Engine, Event, FinishedEvent, GenerationRequest, TokensEvent, sample_id
 from loongjax.errors import EngineClosedError
 from loongjax.offline.backend import LineFailedError
@@ -37,8 +35,9 @@ class EngineBackend:
 
     async def answer(self, prompt: Prompt, params: SamplingParams) -> Answer:
         """See `Backend.answer`."""
+        token_ids = encode_prompt(prompt, self._tokenizer)
         request = GenerationRequest(
-            id=f"offline-{next(self._numbers)}", token_ids=self._encode(prompt), params=params
+            id=f"offline-{next(self._numbers)}", token_ids=token_ids, params=params
         )
         collected = _Collected(samples=params.n, loop=asyncio.get_running_loop())
         try:
@@ -54,18 +53,12 @@ class EngineBackend:
                     self._engine.abort(sample_id(request.id, sample))
         builders = [self._build(sample, collected, params) for sample in range(params.n)]
         return Answer(
-            prompt_tokens=len(request.token_ids),
+            prompt_tokens=len(token_ids),
             completions=tuple(
                 builder.build(collected.ends[sample], ()) for sample, builder in enumerate(builders)
             ),
             prompt_logprobs=builders[0].prompt_logprobs,
         )
-
-    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
-        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
-            messages = cast(Sequence[Mapping[str, str]], prompt)
-            return tuple(need_tokenizer(self._tokenizer).encode_chat(messages))
-        return encode_prompt(cast(str | Sequence[int], prompt), self._tokenizer)
 
     def _build(self, sample: int, collected: _Collected, params: SamplingParams) -> AnswerBuilder:
         end = collected.ends[sample]
