@@ -133,7 +133,7 @@ def allocate(
 
 class _Option(NamedTuple):
     """A group to choose: `members`, or if there are none, the first ones of a ranking, which
-    may not form a group. `moves`: decodes migrate.
+    may not form a group. `moves`: decodes migrate. `instances` settles ties among the former.
     """
 
     total: float
@@ -171,17 +171,17 @@ class _Judge:
 
     def _options(self, sums: _Sums, rank: int, members: tuple[Candidate, ...]) -> Iterator[_Option]:
         """Decodes paused, if there is memory, and migrated, if there is room elsewhere."""
-        time = self._time(sums.degree)
+        time, ids = self._time(sums.degree), _ids(members)
         if sums.free >= self._needed:
             delay = sums.wait * (self._inputs + self._behind)
             total = time * (self._inputs + sums.paused) + delay
-            yield _Option(total, sums.degree, False, rank, _ids(members), members)
+            yield _Option(total, sums.degree, False, rank, ids, members)
         room = self._room - sums.free
         if sums.moved and sums.given <= room and sums.cleared >= self._needed:
             moving = self._cost.migrate(sums.moved)
             delay = (sums.wait + moving) * (self._inputs + self._behind)
             total = time * self._inputs + delay + moving * sums.paused
-            yield _Option(total, sums.degree, True, rank, _ids(members), members)
+            yield _Option(total, sums.degree, True, rank, ids, members)
 
     def _time(self, degree: int) -> float:
         if degree not in self._times:

@@ -42,7 +42,7 @@ def test_a_broken_run_goes_on_where_it_was(tmp_path):
 def test_every_cell_has_a_name_of_its_own(tmp_path):
     cells = list(Paper(tmp_path, 10, 0).cells())
     assert len({cell.name for cell in cells}) == len(cells)
-    figures = {"curves", "fig10", "fig11", "fig12", "fig13", "fig14"}
+    figures = {"curves", "goodput", "fig10", "fig11", "fig12", "fig13", "fig14"}
     assert {cell.figure for cell in cells} == figures
 
 

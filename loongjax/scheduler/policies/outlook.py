@@ -101,19 +101,27 @@ class Outlook:
                 waits |= self.late_waits
         spare = rooms(table, self.answer)
         around = sum([max(0, spare[i]) for i in spare if i not in table.late])
+        usable = frozenset(table.idle | table.soon).union(waits)
         return [
-            self._candidate(i, wait, around - max(0, spare[i])) for i, wait in sorted(waits.items())
+            self._candidate(i, wait, around - max(0, spare[i]), usable)
+            for i, wait in sorted(waits.items())
         ]
 
-    def _candidate(self, instance: InstanceId, wait: float, elsewhere: int) -> Candidate:
+    def _candidate(
+        self, instance: InstanceId, wait: float, elsewhere: int, usable: frozenset[InstanceId]
+    ) -> Candidate:
         """KV of who does not decode cannot be moved away, nor where there is no room for it
-        `elsewhere`, on all other instances where nobody prefills.
+        `elsewhere`, on all other instances where nobody prefills, nor where no group of `usable`
+        ones leads there.
         """
         table = self._table
         tenants = table.tenants(instance)
         used = table.capacity[instance] - table.free[instance]
         needed = used + table.blocks(self.answer) * tenants.rows
         moves = used <= tenants.blocks and needed <= elsewhere
+        if moves and used:
+            cover = table.snapshot.topology.smallest_cover(frozenset((instance,)), usable, 2)
+            moves = cover is not None
         return Candidate(
             instance=instance,
             free=table.spare(instance),

@@ -88,10 +88,11 @@ class Prefills:
         in_flight = self._table.snapshot.in_flight
         line = (view for view in self._table.line if view.id not in in_flight)
         views = list(islice(line, _MOST_PROMPTS))
+        prompts = [self._whole(view) for view in views]
         for _ in range(_ROUNDS):
             if not views or not self._outlook.ready:
                 return
-            head, first = views[0], self._whole(views[0])
+            head, first = views[0], prompts[0]
             patient = self._is_patient(head, now)
             if first is None:
                 count = self._seat_next(head)
@@ -100,10 +101,13 @@ class Prefills:
             elif patient and self._would_block(head):
                 count = self._seat_beside(head, first)
             else:
-                count = self._seat_whole(views, list(self._first_whole(views)))
+                count = self._seat_whole(views, list(_until_none(prompts)))
             if not count and not patient:
                 return
-            views = views[count or 1 :] + list(islice(line, count or 1))
+            gone = count or 1
+            more = list(islice(line, gone))
+            views = views[gone:] + more
+            prompts = prompts[gone:] + [self._whole(view) for view in more]
 
     def anyone_waits(self, now: float) -> bool:
         """Whether a prompt that this plan does not begin waits for more than memory."""
@@ -123,14 +127,6 @@ class Prefills:
         """A prompt that one step can compute all of, over no KV; None: another one."""
         prompt = self._prompt(view)
         return None if view.kv or prompt.tokens > self._longest else prompt
-
-    def _first_whole(self, views: Iterable[RequestView]) -> Iterator[Prompt]:
-        """The prompts of the first in line, up to one that no step can compute all of."""
-        for view in views:
-            prompt = self._whole(view)
-            if prompt is None:
-                return
-            yield prompt
 
     # ---- who lets others go first ----------------------------------------------------
 
@@ -399,6 +395,14 @@ class Prefills:
         )
         self._append(found.group, (found.chunk,), (found.placement,))
         return 1
+
+
+def _until_none(prompts: Iterable[Prompt | None]) -> Iterator[Prompt]:
+    """The first ones, up to one that no step can compute all of."""
+    for prompt in prompts:
+        if prompt is None:
+            return
+        yield prompt
 
 
 def _weight(prompts: Sequence[Prompt]) -> float:
