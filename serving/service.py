@@ -273,10 +273,7 @@ class Service:
             deadline=deadline,
         )
         send = partial(self._bridge.send, answers.stream)
-        if call.params.n > 1:
-            answers.handles = engine.submit_samples(request, on_event=send)
-        else:
-            answers.handles = (engine.submit(request, on_event=partial(send, 0)),)
+        answers.handles = engine.submit_samples(request, on_event=send)
         if answers.is_unwanted:  # aborted while its text was encoded
             answers.abort()
 

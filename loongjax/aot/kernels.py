@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -34,7 +34,7 @@ class CompiledKernel:
       compile_s: Lowering and compiling.
       temporary_bytes: Device memory beside arguments and results.
       aliased_bytes: Of results that take an argument's place.
-      estimated_s: The compiler's estimate; None where it has none.
+      estimated_s: The compiler's estimate; None where it has none, or one below zero.
       pool_copies: Instructions that copy an array of the pool's size.
     """
 
@@ -93,9 +93,14 @@ def _compile(number: int, target: Target) -> CompiledKernel:
         compile_s=seconds,
         temporary_bytes=memory.temp_size_in_bytes,
         aliased_bytes=memory.alias_size_in_bytes,
-        estimated_s=cost.get("optimal_seconds"),
+        estimated_s=_estimate(cost),
         pool_copies=_pool_copies(compiled.as_text(), CASES[number]),
     )
+
+
+def _estimate(cost: Mapping[str, float]) -> float | None:
+    seconds = cost.get("optimal_seconds")
+    return None if seconds is None or seconds < 0.0 else seconds
 
 
 def _pool_copies(hlo: str, case: KernelCase) -> int:

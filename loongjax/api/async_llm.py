@@ -11,7 +11,6 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from types import TracebackType
 from typing import cast
 
@@ -131,11 +130,7 @@ class AsyncLLM(ServedModel):
             loop.call_soon_threadsafe(arrived.put_nowait, (sample, event))
 
         request = GenerationRequest(id=new_id(), token_ids=token_ids, params=params)
-        handles: tuple[RequestHandle, ...]
-        if params.n > 1:
-            handles = self.engine.submit_samples(request, on_event=on_event)
-        else:
-            handles = (self.engine.submit(request, on_event=partial(on_event, 0)),)
+        handles = self.engine.submit_samples(request, on_event=on_event)
         try:
             yield _Answers(handles=handles, arrived=arrived)
         finally:

@@ -45,9 +45,7 @@ class PendingRequest:
         self.params = params
         self._engine = engine
         request = GenerationRequest(id=name, token_ids=token_ids, params=params, priority=priority)
-        self._handles: tuple[RequestHandle, ...] = (
-            engine.submit_samples(request) if params.n > 1 else (engine.submit(request),)
-        )
+        self._handles = engine.submit_samples(request)
         self._builders = [AnswerBuilder(i, tokenizer, params) for i in range(params.n)]
 
     @property

@@ -141,7 +141,7 @@ class Engine:
 
         The prompt is computed once, and its KV shared, as far as whole blocks go. Answer 0 has
         the request's id, answer i `ID#i`; each is aborted by itself. Answer i is what it would
-        be for any other n.
+        be for any other n; n may be 1.
 
         Raises:
           RequestError, CapacityError, EngineClosedError: As `submit`.

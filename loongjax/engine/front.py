@@ -149,6 +149,8 @@ class Front:
         self, request: GenerationRequest, on_event: OnSampleEvent | None
     ) -> tuple[RequestHandle, ...]:
         """Queues a request for `n` answers; see `Engine.submit_samples`."""
+        if request.params.n == 1:
+            return (self.submit(request, on_event and partial(on_event, 0)),)
         max_tokens = self._admission.check(request)
         params = replace(request.params, n=1)
         names = [sample_id(request.id, i) for i in range(request.params.n)]

@@ -41,10 +41,7 @@ class EngineBackend:
         )
         collected = _Collected(samples=params.n, loop=asyncio.get_running_loop())
         try:
-            if params.n > 1:
-                self._engine.submit_samples(request, on_event=collected.take)
-            else:
-                self._engine.submit(request, on_event=lambda event: collected.take(0, event))
+            self._engine.submit_samples(request, on_event=collected.take)
             await collected.ended
         finally:
             if not collected.ended.done() or collected.ended.cancelled():

@@ -31,7 +31,7 @@ def counting(generated: Sequence[int]) -> np.ndarray:
 def submit(it: Rig, name: str, mask: TokenMask, n: int = 1):
     params = SamplingParams(max_tokens=6, n=n)
     request = GenerationRequest(id=name, token_ids=PROMPT, params=params, mask=mask)
-    return it.engine.submit_samples(request) if n > 1 else (it.engine.submit(request),)
+    return it.engine.submit_samples(request)
 
 
 def test_an_answer_is_what_its_mask_lets() -> None:
