@@ -7,7 +7,7 @@ could end and where those who decode there keep room for what they are expected 
 from __future__ import annotations
 
 import math
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from itertools import chain
 
@@ -76,15 +76,22 @@ def rooms(table: Worktable, answer: int) -> dict[InstanceId, int]:
     return {i: free - math.ceil(each * (capacity - free)) for i, (free, capacity) in pairs}
 
 
+def targets_in_order(
+    table: Worktable, room: Mapping[InstanceId, int], instances: Set[InstanceId]
+) -> list[InstanceId]:
+    """Instances that take KV, the best first: idle ones, then those with the most room."""
+    return sorted(instances, key=lambda i: (i not in table.idle, -room[i], i))
+
+
 class _Targets:
-    """Instances that take KV: few, idle ones first, then those where most is free."""
+    """Instances that take KV: few, and the best of them."""
 
     def __init__(self, table: Worktable, instances: Set[InstanceId], answer: int) -> None:
         """Leaves room for what whoever is there is expected to add: see `rooms`."""
         self._table = table
         self._answer = table.blocks(answer)
-        self._room = {i: blocks for i, blocks in rooms(table, answer).items() if i in instances}
-        self._order = sorted(instances, key=lambda i: (i not in table.idle, -self._room[i], i))
+        self._room = rooms(table, answer)
+        self._order = targets_in_order(table, self._room, instances)
         self.used: set[InstanceId] = set()
 
     def take(

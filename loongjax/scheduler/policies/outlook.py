@@ -17,7 +17,7 @@ from loongjax.costmodel.protocol import ChunkWork, CostModel, DecodeWork
 from loongjax.plan import InstanceId, RequestView
 from loongjax.scheduler.allocate import Candidate
 from loongjax.scheduler.dispatch import Occupied, Openings
-from loongjax.scheduler.policies.moving import rooms
+from loongjax.scheduler.policies.moving import rooms, targets_in_order
 from loongjax.scheduler.policies.worktable import Worktable
 
 _MOST_LATE = 2
@@ -101,18 +101,24 @@ class Outlook:
                 waits |= self.late_waits
         spare = rooms(table, self.answer)
         around = sum([max(0, spare[i]) for i in spare if i not in table.late])
+        targets = targets_in_order(table, spare, table.everything - table.late - used)[:2]
         usable = frozenset(table.idle | table.soon).union(waits)
         return [
-            self._candidate(i, wait, around - max(0, spare[i]), usable)
+            self._candidate(i, wait, around - max(0, spare[i]), targets, usable)
             for i, wait in sorted(waits.items())
         ]
 
     def _candidate(
-        self, instance: InstanceId, wait: float, elsewhere: int, usable: frozenset[InstanceId]
+        self,
+        instance: InstanceId,
+        wait: float,
+        elsewhere: int,
+        targets: Sequence[InstanceId],
+        usable: frozenset[InstanceId],
     ) -> Candidate:
         """KV of who does not decode cannot be moved away, nor where there is no room for it
         `elsewhere`, on all other instances where nobody prefills, nor where no group of `usable`
-        ones leads there.
+        ones leads to the first of its targets.
         """
         table = self._table
         tenants = table.tenants(instance)
@@ -120,8 +126,9 @@ class Outlook:
         needed = used + table.blocks(self.answer) * tenants.rows
         moves = used <= tenants.blocks and needed <= elsewhere
         if moves and used:
-            cover = table.snapshot.topology.smallest_cover(frozenset((instance,)), usable, 2)
-            moves = cover is not None
+            ends = {instance, next((i for i in targets if i != instance), instance)}
+            cover = table.snapshot.topology.smallest_cover(frozenset(ends), usable)
+            moves = len(ends) == 2 and cover is not None
         return Candidate(
             instance=instance,
             free=table.spare(instance),
