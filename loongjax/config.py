@@ -221,11 +221,18 @@ def read_settings(file: str | Path) -> dict[str, Any]:
     kinds = get_type_hints(engine_config)
     for name, value in settings.items():
         if name not in _DEFAULTS:
-            near = difflib.get_close_matches(name, _DEFAULTS, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"{path} has {name!r}, which is no setting; did you mean {near!r}?")
+            raise ConfigError(f"{path} has {name!r}, which is no setting; {_hint(name, value)}")
         if not _is_a(value, kinds[name]):
-            raise ConfigError(f"{path}: {name} cannot be {value!r}; see loongjax.config")
+            wanted = inspect.signature(engine_config).parameters[name].annotation
+            raise ConfigError(f"{path}: {name} is {wanted}, which {value!r} is not")
     return settings
+
+
+def _hint(name: str, value: object) -> str:
+    if isinstance(value, dict):
+        return "tables are not read, settings stand at the top"
+    near = difflib.get_close_matches(name, _DEFAULTS, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"settings are {', '.join(_DEFAULTS)}"
 
 
 def _is_a(value: object, kind: Any) -> bool:

@@ -95,14 +95,14 @@ def read_prompt(options: argparse.Namespace) -> str | list[int]:
     Raises RequestError when a file cannot be read or does not hold what it should.
     """
     if options.prompt is not None:
-        return options.prompt
+        return _not_empty(options.prompt, "--prompt")
     path = Path(options.prompt_file or options.token_ids_file)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"cannot read {path}: {error}") from error
     if options.prompt_file:
-        return text
+        return _not_empty(text, str(path))
     try:
         ids = json.loads(text)
     except ValueError as error:
@@ -112,6 +112,12 @@ def read_prompt(options: argparse.Namespace) -> str | list[int]:
     if not ids:
         raise RequestError(f"the prompt in {path} is empty; give at least one token id")
     return ids
+
+
+def _not_empty(prompt: str, source: str) -> str:
+    if not prompt:
+        raise RequestError(f"the prompt in {source} is empty; give at least one character")
+    return prompt
 
 
 def describe(llm: LLM, output: RequestOutput) -> dict[str, Any]:

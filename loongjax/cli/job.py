@@ -6,13 +6,14 @@ import argparse
 import asyncio
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 
 from loongjax.api.build import build_engine
 from loongjax.cli.options import llm_arguments
 from loongjax.config import engine_config
-from loongjax.errors import ConfigError, LinesError, LoongJaxError
+from loongjax.errors import ConfigError, LinesError, LoongJaxError, UserError
 from loongjax.offline.engine_backend import EngineBackend
 from loongjax.offline.job import Job, JobReport
 from loongjax.offline.native import NativeFormat
@@ -110,14 +111,22 @@ def run_job(options: argparse.Namespace, params: SamplingParams, unset: Sampling
             order=options.order,
             in_flight=options.in_flight,
         )
-        report = job.report()
+        report, broken = job.report(), None
         if not job.is_done:
             with job_progress(report.lines, report.resumed) as progress:
-                report = (_run_on_server if options.server else _run_here)(options, job, progress)
+                try:
+                    run = _run_on_server if options.server else _run_here
+                    report = run(options, job, progress)
+                except UserError:
+                    raise
+                except LoongJaxError as error:
+                    report, broken = dataclasses.replace(job.report(), failure=str(error)), error
     if options.json:
         print(json.dumps(dataclasses.asdict(report)), flush=True)
     else:
         print(_summary(report), file=sys.stderr)
+    if broken is not None:
+        raise broken
     _raise_unless_good(report, output.path)
 
 
@@ -128,6 +137,8 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError(f"{options.output} is input and output at once; choose another output")
     if (options.model is None) == (options.server is None):
         raise ConfigError("give --model or --server, and not both")
+    if options.server is not None and not re.fullmatch(r".+:\d+", options.server):
+        raise ConfigError(f"--server is HOST:PORT, such as localhost:50051, not {options.server!r}")
     if options.server is None and (options.server_token_file or options.server_ca):
         raise ConfigError("--server-token-file and --server-ca need --server")
     if options.format == "openai" and (options.template or options.chat):

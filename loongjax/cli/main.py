@@ -48,7 +48,9 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"loongjax {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(
+        title="commands", metavar="COMMAND", required=True, dest="command"
+    )
     aot.add_command(commands)
     bench.add_command(commands)
     convert.add_command(commands)
@@ -69,7 +71,14 @@ def show_log() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
-    options = build_parser().parse_args(arguments)
+    parser = build_parser()
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.exit(
+            2,
+            f"loongjax: unrecognized arguments: {' '.join(unknown)}; see loongjax "
+            f"{options.command} --help\n",
+        )
     show_log()
     try:
         options.run(options)

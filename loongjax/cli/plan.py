@@ -118,11 +118,13 @@ def read_budgets(hardware: list[str], prices: list[str]) -> list[Budget]:
             price[name] = float(number)
         except ValueError:
             raise ConfigError(f"--price is NAME=P, such as h100=2.2, not {text!r}") from None
-    budgets = []
+    budgets: list[Budget] = []
     for text in hardware:
         name, _, number = text.rpartition("x")
         if not name or not number.isdigit():
             raise ConfigError(f"--hardware is NAMExN, such as a800x16, not {text!r}")
+        if any(budget.chip == name for budget in budgets):
+            raise ConfigError(f"--hardware names {name} twice; give the most chips there may be")
         budgets.append(Budget(chip=name, most=int(number), price=price.pop(name, 1.0)))
     if price:
         raise ConfigError(f"--price names {', '.join(price)}, but --hardware does not")

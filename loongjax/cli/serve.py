@@ -135,6 +135,7 @@ def run_server(options: argparse.Namespace, prepare: Callable[[BuiltEngine], obj
     """
     began = time.monotonic()
     try:
+        from serving import preflight
         from serving.logs import set_up
         from serving.process import Addresses, serve
     except ModuleNotFoundError as error:
@@ -145,6 +146,7 @@ def run_server(options: argparse.Namespace, prepare: Callable[[BuiltEngine], obj
 
     config = _serve_config(options)
     set_up(options.log_format)
+    preflight.check(config)
     built = build_engine(options.model, serve_engine_config(options))
     prepare(built)
 

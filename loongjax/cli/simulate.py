@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+from pathlib import Path
 from typing import Any
 
 from loongjax.cli.options import add_json_option
@@ -190,7 +192,7 @@ def host_time(text: str) -> HostTime:
         turn, step, row = (float(part) * 1e-6 for part in text.split(","))
     except ValueError:
         turn = step = row = -1.0
-    if not min(turn, step, row) >= 0.0:
+    if not all(0.0 <= each < math.inf for each in (turn, step, row)):
         raise argparse.ArgumentTypeError(
             f"give three numbers of microseconds, such as 300,500,10, not {text!r}"
         )
@@ -216,6 +218,11 @@ def read_jobs(options: argparse.Namespace) -> list[Job]:
             seed=options.seed,
             cv=options.burstiness,
             limit=options.max_tokens,
+        )
+    if not Path(options.workload).exists():
+        raise RequestError(
+            f"there is no workload {options.workload!r}, and no trace file of that name; workloads "
+            f"are {', '.join(workload_names())}"
         )
     jobs = read_trace(options.workload, count=options.requests, limit=options.max_tokens)
     return jobs if options.rate is None else at_rate(jobs, options.rate)

@@ -84,7 +84,8 @@ def resolve(model: str) -> ResolvedModel:
             )
         return _from_gguf(model, path)
     if _looks_like_path(model):
-        raise ModelError(f"{model}: no such file or folder ({path.absolute()})")
+        where = "" if path.is_absolute() else f", looked for at {path.absolute()}"
+        raise ModelError(f"{model}: no such file or folder{where}")
     return _from_folder(model, _download(model))
 
 

@@ -148,7 +148,7 @@ def weight_specs(config: ModelConfig, tp: int = 1) -> Tree:
 
     Raises ConfigError when tp does not divide the heads, the KV heads, or the MLP.
     """
-    _check_tp(config, tp)
+    check_tensor_parallel(config, tp)
     sizes = {
         "V": config.vocab_size,
         "M": config.width,
@@ -249,7 +249,8 @@ def read_into(out: np.ndarray, source: WeightSource, spec: WeightSpec, index: In
         np.copyto(out[rows], source.read(spec, block), casting="unsafe")
 
 
-def _check_tp(config: ModelConfig, tp: int) -> None:
+def check_tensor_parallel(config: ModelConfig, tp: int) -> None:
+    """Raises ConfigError where a model cannot be cut into so many parts."""
     if tp < 1:
         raise ConfigError(f"tp must be at least 1, not {tp}")
     for what, number in (

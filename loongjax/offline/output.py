@@ -124,12 +124,14 @@ class Output:
     def _read(self, number: int, raw: bytes, form: Format) -> None:
         try:
             written = json.loads(raw)
-            line = written["line"]
-            if type(line) is not int or line in self.done:
-                raise ValueError(f"input line {line!r} for the second time, or no line at all")
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            line = written.get("line") if isinstance(written, dict) else None
+            if type(line) is not int:
+                raise ValueError("it has no number of an input line")
+            if line in self.done:
+                raise ValueError(f"input line {line} is there for the second time")
+        except (ValueError, RecursionError) as error:
             raise ConfigError(
-                f"{self.path}, line {number}, is no answer of a job like this one ({error!r}), so "
+                f"{self.path}, line {number}, is no answer of a job like this one ({error}), so "
                 "it is left as it is; choose another output, or give --overwrite to empty it"
             ) from error
         self._note(written, form.name_written(written))

@@ -104,6 +104,8 @@ def plan_capacity(
     """
     if not budgets or not policies:
         raise ConfigError("there is nothing to try; name at least one kind of chip and a policy")
+    for policy in policies:
+        policy_layout(policy)
     span = jobs[-1].arrival - jobs[0].arrival if jobs else 0.0
     if span <= 0.0:
         raise RequestError(f"{len(jobs)} requests that come at once have no rate to plan for")

@@ -19,6 +19,7 @@ from loongjax.errors import ConfigError
 from loongjax.executor.protocol import ExecutorLimits
 from loongjax.models.config import ModelConfig
 from loongjax.models.random_weights import random_config
+from loongjax.models.weights import check_tensor_parallel
 from loongjax.plan import Topology
 from loongjax.scheduler.policies import Layout
 from loongjax.simulator.jobs import Job
@@ -111,6 +112,8 @@ def deploy(
       ModelError: An unknown shape.
     """
     model = random_config(model_shape)
+    _check_least(tensor_parallel=tensor_parallel, max_chunk_tokens=max_chunk_tokens)
+    _check_least(instances=instances, block_size=block_size, pool_slots=pool_slots)
     if hardware.endswith(".json"):
         cost = reference = ScalingInformationBase.load(Path(hardware))
         _check_measured(hardware, cost, model_shape, instances, tensor_parallel)
@@ -126,13 +129,15 @@ def deploy(
             tp = usual if tensor_parallel is None else tensor_parallel
         count = chips // tp if instances is None else instances
         _check_chips(hardware, chips, count, tp)
+        if tensor_parallel is not None:
+            check_tensor_parallel(model, tp)
         cost = _sib(chip, model, model_shape, tp, count)
         reference_degree = max(1, chips // usual)
         reference = _sib(chip, model, model_shape, usual, reference_degree)
         platform = chip.platform
     cost = cost if host is None else replace(cost, host=host)
     slots = cost.pool_slots if pool_slots is None else pool_slots
-    if slots is None or slots < block_size or block_size < 1:
+    if slots is None or slots < block_size:
         raise ConfigError(
             f"an instance has {slots} KV slots in blocks of {block_size}; it needs at least one "
             "block. Say --pool-slots"
@@ -152,6 +157,12 @@ def deploy(
         reference_degree=reference_degree,
         kv_bytes_per_token=model.kv_bytes_per_token(_ITEMSIZE),
     )
+
+
+def _check_least(**numbers: int | None) -> None:
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {number}")
 
 
 def _parse(hardware: str) -> tuple[HardwareDescription, int]:

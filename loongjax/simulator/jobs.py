@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
@@ -94,10 +95,10 @@ def at_rate(jobs: Sequence[Job], rate: float) -> list[Job]:
       RequestError: They all come at once, or the rate is not positive.
     """
     span = jobs[-1].arrival - jobs[0].arrival if jobs else 0.0
-    if len(jobs) < 2 or span <= 0.0 or not rate > 0.0:
+    if len(jobs) < 2 or span <= 0.0 or not 0.0 < rate < math.inf:
         raise RequestError(
             f"{len(jobs)} jobs within {span} s cannot be brought to {rate} a second; it takes "
-            "two at different times, and a positive rate"
+            "two at different times, and a positive, finite rate"
         )
     factor = (len(jobs) - 1) / span / rate
     first = jobs[0].arrival

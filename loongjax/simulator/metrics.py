@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from loongjax.costmodel.protocol import ChunkWork
+from loongjax.errors import ConfigError
 from loongjax.simulator.bound import fluid_seconds
 from loongjax.simulator.deployment import Deployment
 from loongjax.simulator.jobs import CLASSES, Job, Outcome, length_class
@@ -37,6 +38,13 @@ class Objective:
     ttft_factor: float = 25.0
     ttft_floor_s: float = 15.0
     tpot_s: float = 0.05
+
+    def __post_init__(self) -> None:
+        for name, value in (("ttft_factor", self.ttft_factor), ("ttft_floor_s", self.ttft_floor_s)):
+            if not 0.0 <= value < math.inf:
+                raise ConfigError(f"{name} must be finite and at least 0, not {value}")
+        if not 0.0 < self.tpot_s < math.inf:
+            raise ConfigError(f"tpot_s must be finite and above 0, not {self.tpot_s}")
 
     def ttft_limit(self, job: Job, deployment: Deployment) -> float:
         """The longest time to first token that is good enough [s]."""

@@ -7,6 +7,7 @@ workload. All draws come from one seed, and lengths do not depend on the rate.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -159,11 +160,13 @@ def draw_jobs(
     Raises:
       RequestError: An unknown name, or a number out of range.
     """
-    if count < 1 or not rate > 0.0 or not cv > 0.0:
+    if count < 1 or not 0.0 < rate < math.inf or not 0.0 < cv < math.inf:
         raise RequestError(
-            f"a workload needs at least 1 request at a rate above 0, with a variation above 0; "
-            f"asked for are {count} at {rate} a second with {cv}"
+            f"a workload needs at least 1 request, at a rate and with a variation that are finite "
+            f"and above 0; asked for are {count} at {rate} a second with {cv}"
         )
+    if seed < 0:
+        raise RequestError(f"seed must not be negative, got {seed}")
     rng = np.random.default_rng(seed)
     lengths = _generator(name)(rng, count)
     arrivals = draw_arrivals(rng, count, cv) / rate

@@ -98,6 +98,7 @@ def run_serve_bench(
       RequestError: The trace cannot be read.
     """
     runs = []
+    load.questions(1.0)  # a trace that cannot be read is told before a server is started
     with ServerProcess(server) as process:
         startup_s = process.startup_s
         for rate in load.rates or (None,):

@@ -80,7 +80,10 @@ def explain(errors: Sequence[Any]) -> tuple[str | None, str]:
     where = [str(part) for part in first["loc"] if part != "body"]
     field = where[0] if where else None
     if first["type"] == "json_invalid" or field is None:
-        return None, f"the body is not what this path takes: {first['msg']}"
+        return None, (
+            f"the body is not what this path takes: {first['msg']}; send a JSON object, with "
+            "content-type: application/json"
+        )
     if first["type"] == "extra_forbidden":
         return field, f"{'.'.join(where)} is not supported; leave it out"
     if first["type"] == "missing":

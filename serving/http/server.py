@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import ssl
 from collections.abc import Iterator
 
@@ -13,6 +12,7 @@ from starlette.types import ASGIApp
 
 from loongjax.errors import ConfigError
 from serving.config import ServeConfig, join_address
+from serving.preflight import listen
 
 _BACKLOG = 2048
 
@@ -30,7 +30,7 @@ class HttpServer:
         Raises:
           ConfigError: It is in use, or not of this machine; or a certificate cannot be used.
         """
-        self._socket = _listen(config.host, port)
+        self._socket = listen(config.host, port, "--http-port", _BACKLOG)
         tls = config.tls
         options = uvicorn.Config(
             app,
@@ -76,14 +76,3 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Leaves the signals to the process."""
         yield
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot listen on {join_address(host, port)}: {error}; choose another --http-port "
-            "or --host"
-        ) from error

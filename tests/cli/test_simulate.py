@@ -110,7 +110,7 @@ def test_host_time_delays_everything(capsys):
     assert long > short + 0.03
 
 
-@pytest.mark.parametrize("text", ["1,2", "a,b,c", "1,2,-3"])
+@pytest.mark.parametrize("text", ["1,2", "a,b,c", "1,2,-3", "1,2,nan", "1,inf,3"])
 def test_host_time_is_three_numbers(capsys, text):
     with pytest.raises(SystemExit) as failed:
         simulate(*SHORT, "--host-us", text)
@@ -134,7 +134,7 @@ def test_lines_for_people(capsys):
         ([*SHORT, "--hardware", "b200x8"], "a100, a800, h100, v5e, v5p, v6e"),
         ([*SHORT, "--hardware", "a800x0"], "number of chips"),
         ([*SHORT, "--instances", "5"], "5 instances of 2 chips each do not fit a800x8"),
-        ([*SHORT, "--instances", "0"], "do not fit"),
+        ([*SHORT, "--instances", "0"], "--instances must be at least 1"),
         ([*SHORT, "--tensor-parallel", "16"], "do not fit"),
         ([*SHORT, "--model-shape", "gpt5"], "no random model is called 'gpt5'"),
         ([*SHORT, "--model-shape", "llama3-70b", "--tensor-parallel", "1"], "weights alone"),
@@ -143,8 +143,16 @@ def test_lines_for_people(capsys):
         ([*SHORT, "--block-size", "0"], "block"),
         ([*SHORT, "--requests", "0"], "--requests must be at least 1, not 0"),
         ([*SHORT, "--max-tokens", "0"], "--max-tokens must be at least 1"),
-        ([*SHORT, "--burstiness", "0"], "variation above 0"),
-        ([*SHORT, "--rate", "0"], "rate above 0"),
+        ([*SHORT, "--burstiness", "0"], "finite and above 0"),
+        ([*SHORT, "--burstiness", "inf"], "finite and above 0"),
+        ([*SHORT, "--rate", "0"], "finite and above 0"),
+        ([*SHORT, "--rate", "inf"], "finite and above 0"),
+        ([*SHORT, "--seed", "-1"], "seed must not be negative, got -1"),
+        ([*SHORT, "--tensor-parallel", "0"], "--tensor-parallel must be at least 1, not 0"),
+        ([*SHORT, "--tensor-parallel", "3"], "does not divide the model's attention heads (32)"),
+        ([*SHORT, "--max-chunk-tokens", "0"], "--max-chunk-tokens must be at least 1"),
+        ([*SHORT, "--policy", "chunked_prefill:chunk=x"], "chunk must be a number"),
+        (["--workload", "nope", "--rate", "1"], "workloads are sharegpt"),
         ([*SHORT, "--workload", "zipf:"], "zipf:A"),
         ([*SHORT, "--workload", "/no/such/trace"], "/no/such/trace"),
         ([*SHORT, "--goodput"], "at least 20"),

@@ -251,7 +251,7 @@ def test_settings_follow_the_name() -> None:
         ("tp:order=random", "random"),
         ("disaggregated:prefill_lanes=0", "prefill_lanes must be at least 1, not 0"),
         ("disaggregated:headroom=-2", "headroom must not be negative, got -2"),
-        ("tp:chunk=many", "cannot be made with"),
+        ("tp:chunk=many", "chunk must be a number, true, false or none, not 'many'"),
     ],
 )
 def test_wrong_settings_are_refused(text: str, message: str) -> None:

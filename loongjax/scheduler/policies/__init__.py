@@ -78,7 +78,7 @@ def _parse(text: str) -> tuple[str, _Entry, dict[str, Any]]:
     if name not in _POLICIES:
         raise ConfigError(f"no policy is called {name!r}; known are {', '.join(policy_names())}")
     entry = _POLICIES[name]
-    known = {each.name for each in fields(entry.settings)} - {"cost"}
+    known = {each.name: each.default for each in fields(entry.settings) if each.name != "cost"}
     values = {}
     for setting in filter(None, rest.split(",")):
         key, equals, value = setting.partition("=")
@@ -88,6 +88,10 @@ def _parse(text: str) -> tuple[str, _Entry, dict[str, Any]]:
                 f"{', '.join(sorted(known))}"
             )
         values[key] = _value(value)
+        if isinstance(values[key], str) and not isinstance(known[key], str):
+            raise ConfigError(
+                f"policy {name!r}: {key} must be a number, true, false or none, not {value!r}"
+            )
     return name, entry, values
 
 
