@@ -1,11 +1,12 @@
 # make demo    a real chat model reads a long document on four emulated instances
 # make test    everything that CI checks
 # make lint    style and types only
+# make docs    the pages of docs/ and the Python API as a site, in build/site
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m loongjax.cli.demo
@@ -17,6 +18,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/python -m mkdocs build --strict
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -54,6 +54,7 @@ class AnswerBuilder:
 
     def build(self, end: FinishedEvent, steps: Iterable[StepRecord]) -> CompletionOutput:
         """The answer, which has ended; `steps` are those that worked on it."""
+        records = tuple(steps)
         return CompletionOutput(
             index=self._index,
             token_ids=tuple(self._token_ids),
@@ -63,7 +64,8 @@ class AnswerBuilder:
             stop_text=end.stop_text,
             logprobs=None if self._logprobs is None else tuple(self._logprobs),
             error=end.error,
-            steps=step_runs(steps),
+            steps=step_runs(records),
+            records=records,
             ttft_s=ttft_s(end.timings),
             decode_tokens_per_s=decode_rate(end.timings, len(self._token_ids)),
             timings=end.timings,

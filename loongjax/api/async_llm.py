@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import cast
 
 from loongjax.api.answers import AnswerBuilder, refused
-from loongjax.api.outputs import CompletionOutput, RequestOutput, StreamChunk
+from loongjax.api.outputs import CompletionOutput, RequestOutput, RequestOutputs, StreamChunk
 from loongjax.api.pending import check_stream
 from loongjax.api.prompts import Prompt, encode_prompt, is_single, params_for_each
 from loongjax.api.served import ServedModel, new_id
@@ -39,7 +39,8 @@ class AsyncLLM(ServedModel):
     ) -> list[RequestOutput]:
         """Answers prompts together; see `LLM.generate`, also for what it raises."""
         if is_single(prompts):
-            return [await self._answer(cast(Prompt, prompts), params_for_each(params, 1)[0])]
+            own = params_for_each(params, 1)[0]
+            return RequestOutputs([await self._answer(cast(Prompt, prompts), own)])
         batch = cast(Sequence[Prompt], prompts)
         each = params_for_each(params, len(batch))
         async with asyncio.TaskGroup() as tasks:
@@ -47,7 +48,7 @@ class AsyncLLM(ServedModel):
                 tasks.create_task(self._try(prompt, own))
                 for prompt, own in zip(batch, each, strict=True)
             ]
-        return [task.result() for task in started]
+        return RequestOutputs(task.result() for task in started)
 
     async def chat(
         self, messages: Sequence[Mapping[str, str]], params: SamplingParams | None = None

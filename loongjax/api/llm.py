@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import cast
 
 from loongjax.api.answers import refused
-from loongjax.api.outputs import RequestOutput, StreamChunk
+from loongjax.api.outputs import RequestOutput, RequestOutputs, StreamChunk
 from loongjax.api.pending import PendingRequest, check_stream
 from loongjax.api.progress import progress_bar
 from loongjax.api.prompts import Prompt, encode_prompt, is_single, params_for_each
@@ -61,7 +61,9 @@ class LLM(ServedModel):
           LoongJaxError: A prompt given alone failed while it ran.
         """
         if is_single(prompts):
-            return [self._answer(cast(Prompt, prompts), params_for_each(params, 1)[0])]
+            return RequestOutputs(
+                [self._answer(cast(Prompt, prompts), params_for_each(params, 1)[0])]
+            )
         batch = cast(Sequence[Prompt], prompts)
         each = params_for_each(params, len(batch))
         names = [new_id() for _ in batch]
@@ -170,7 +172,7 @@ class LLM(ServedModel):
         self, jobs: Sequence[PendingRequest | RequestOutput], *, progress: bool
     ) -> list[RequestOutput]:
         with progress_bar("generate", "prompt", shown=progress) as tell:
-            outputs, tokens, started = [], 0, time.monotonic()
+            outputs, tokens, started = RequestOutputs(), 0, time.monotonic()
             for job in jobs:
                 output = job.result() if isinstance(job, PendingRequest) else job
                 outputs.append(output)

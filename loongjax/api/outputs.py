@@ -6,8 +6,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
 
+from loongjax.api.showing import (
+    answer_html,
+    answer_line,
+    batch_html,
+    request_html,
+    timeline_of,
+)
 from loongjax.engine import FinishReason, StepKind, StepRecord, Timings
 from loongjax.plan import Group, TokenLogprobs
+from loongjax.timeline import Timeline
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +47,7 @@ class CompletionOutput:
       logprobs: Log-probabilities at each token; None if `SamplingParams.logprobs` is.
       error: What went wrong, or None unless `finish_reason` is `error`.
       steps: Where and how it ran, in order. Steps that failed are left out.
+      records: Every step that worked on it, as far as the engine kept them.
       ttft_s: Seconds from submission to the first token, or None without one.
       decode_tokens_per_s: Tokens per second after the first, or None without any.
       timings: When it came, ran and ended; None: it was refused.
@@ -50,12 +59,13 @@ class CompletionOutput:
     finish_reason: FinishReason
     stop_token: int | None = None
     stop_text: str | None = None
-    logprobs: tuple[TokenLogprobs, ...] | None = field(default=None, repr=False)
+    logprobs: tuple[TokenLogprobs, ...] | None = None
     error: str | None = None
     steps: tuple[StepRun, ...] = ()
+    records: tuple[StepRecord, ...] = field(default=(), compare=False)
     ttft_s: float | None = None
     decode_tokens_per_s: float | None = None
-    timings: Timings | None = field(default=None, repr=False)
+    timings: Timings | None = None
 
     @property
     def stop_reason(self) -> int | str | None:
@@ -66,6 +76,12 @@ class CompletionOutput:
     def cumulative_logprob(self) -> float | None:
         """The log-probability of the whole answer; None if `logprobs` is."""
         return None if self.logprobs is None else sum(each.logprob for each in self.logprobs)
+
+    def __repr__(self) -> str:
+        return f"<CompletionOutput: {answer_line(self)}>"
+
+    def _repr_html_(self) -> str:
+        return answer_html(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,9 +95,19 @@ class RequestOutput:
         `SamplingParams.prompt_logprobs` is.
     """
 
-    prompt_token_ids: tuple[int, ...] = field(repr=False)
+    prompt_token_ids: tuple[int, ...]
     outputs: tuple[CompletionOutput, ...]
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = field(default=None, repr=False)
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+
+    def timeline(self) -> Timeline:
+        """The steps that worked on it, to be drawn or saved as a trace."""
+        return timeline_of(self.outputs)
+
+    def __repr__(self) -> str:
+        return f"<RequestOutput: {' | '.join(map(answer_line, self.outputs))}>"
+
+    def _repr_html_(self) -> str:
+        return request_html(self)
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -137,6 +163,13 @@ class RequestOutput:
     def decode_tokens_per_s(self) -> float | None:
         """The first answer's."""
         return self.outputs[0].decode_tokens_per_s
+
+
+class RequestOutputs(list[RequestOutput]):
+    """The outputs of a batch: a list that a notebook shows as a table."""
+
+    def _repr_html_(self) -> str:
+        return batch_html(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 
 @contextmanager
@@ -21,6 +20,9 @@ def progress_bar(
     if not shown or not sys.stderr.isatty():
         yield lambda done, total, what: None
         return
+    # Imported late: it warns of missing widgets in every notebook, where there is no bar.
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
     with logging_redirect_tqdm(), tqdm(desc=title, unit=unit, leave=False) as bar:
 
         def show(done: int, total: int, what: str) -> None:

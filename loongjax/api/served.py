@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from loongjax.api.showing import served_html, stats_line
 from loongjax.config import Dtype, engine_config
 from loongjax.engine import Engine, EngineStats, StepRecord
 from loongjax.plan import RequestId
@@ -128,6 +129,12 @@ class ServedModel:
     def timeline(self) -> Timeline:
         """What the cluster did so far, to be drawn or saved as a trace; also after `close`."""
         return Timeline.of_engine(self.engine)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {stats_line(self.stats())}>"
+
+    def _repr_html_(self) -> str:
+        return served_html(type(self).__name__, self.stats(), self.timeline())
 
     def close(self) -> None:
         """Aborts what runs and gives devices and memory back. May be called again."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import signal
 import threading
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 
@@ -270,3 +274,39 @@ def test_a_prompt_of_several_blocks_is_scored_once_for_all_its_answers(programs)
     assert [given and given.token for given in many.prompt_logprobs] == [None, *prompt[1:]]
     for given, expected in zip(many.prompt_logprobs[1:], one.prompt_logprobs[1:], strict=True):
         assert given.logprob == pytest.approx(expected.logprob, abs=1e-3)
+
+
+def live_bytes() -> int:
+    """What all arrays of this process take on the devices, the dead ones collected."""
+    gc.collect()
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
+def test_closing_gives_memory_and_devices_back(programs):
+    """The next one may ask for all devices; `close` counts, not the end of the object."""
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    before = live_bytes()
+    llm = make(programs)
+    (first,) = llm.generate([[1, 2, 3]], params)
+    assert live_bytes() - before > 1 << 20  # four pools of 512 tokens, and the weights
+    llm.close()
+    assert live_bytes() <= before
+    with make(programs, instances=8, degrees=(1, 2)) as other:
+        (second,) = other.generate([[1, 2, 3]], params)
+    assert first.token_ids == second.token_ids
+    assert live_bytes() <= before
+
+
+def test_an_interrupt_costs_the_call_and_not_the_engine(programs):
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with make(programs, instances=2, degrees=(1, 2)) as llm:
+            expected = llm.generate([1, 2, 3], params)[0].token_ids
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+            with pytest.raises(KeyboardInterrupt):
+                llm.generate([[1, 2, 3]] * 64, replace(params, max_tokens=240))
+            assert llm.generate([1, 2, 3], params)[0].token_ids == expected
+            assert used(llm) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
