@@ -203,14 +203,15 @@ def check_arguments(words: list[str]) -> None:
 
 
 def check_script(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = argparse.ArgumentParser.parse_args
+    whole = argparse.ArgumentParser.parse_known_args  # also by parse_args, and for a subcommand
 
-    def parse(parser: argparse.ArgumentParser, given: list[str] | None = None) -> None:
-        whole(parser, given)
+    def parse(parser: argparse.ArgumentParser, *given: Any) -> None:
+        _, unknown = whole(parser, *given)
+        assert not unknown
         raise Parsed
 
     monkeypatch.setattr(sys, "argv", [script, *arguments])
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse)
     with pytest.raises(Parsed):
         runpy.run_path(str(ROOT / script), run_name="__main__")
 
