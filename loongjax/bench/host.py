@@ -48,6 +48,9 @@ from loongjax.text import IncrementalDetokenizer, Tokenizer
 
 _SKIPPED = 4
 """Steps at the start that do not count: the first ones are planned, not continued."""
+_TAIL = 4
+"""Tokens beyond the last reading: steps that lack the request that is read are launched before its
+last tokens are handed out, and are of another size."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,7 +158,7 @@ def _decode_together(
         engine.submit(_request(row, context, 2 * steps + chunks + 64)) for row in range(1, rows)
     ]
     # The last to come: when it decodes, all do. Its tokens are the ticks of the measurement.
-    engine.submit(_request(0, context, wanted + 1), on_event=tick)
+    engine.submit(_request(0, context, wanted + _TAIL), on_event=tick)
     end = ended.get()
     for handle in others:
         handle.abort()
