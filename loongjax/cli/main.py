@@ -11,7 +11,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from loongjax import __version__
 from loongjax.cli import aot, bench, convert, doctor, generate, plan, profile, serve, simulate
@@ -32,7 +32,16 @@ examples:
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells a mistake in one line, without the usage. Subcommands get parsers of the same class."""
+    """Tells a mistake in one line, without the usage. Subcommands get parsers of the same class,
+    and each tells what it does not know itself: its own help is the one to look at.
+    """
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As `argparse` has it, but that nothing may be unknown."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
 
     def error(self, message: str) -> NoReturn:
         """Ends the command."""
@@ -48,9 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"loongjax {__version__}")
-    commands = parser.add_subparsers(
-        title="commands", metavar="COMMAND", required=True, dest="command"
-    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     aot.add_command(commands)
     bench.add_command(commands)
     convert.add_command(commands)
@@ -71,14 +78,7 @@ def show_log() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
-    parser = build_parser()
-    options, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        parser.exit(
-            2,
-            f"loongjax: unrecognized arguments: {' '.join(unknown)}; see loongjax "
-            f"{options.command} --help\n",
-        )
+    options = build_parser().parse_args(arguments)
     show_log()
     try:
         options.run(options)

@@ -197,7 +197,7 @@ def _sib(
 
 
 def _check_chips(hardware: str, chips: int, instances: int, tensor_parallel: int) -> None:
-    if tensor_parallel < 1 or instances < 1 or instances * tensor_parallel > chips:
+    if not 0 < instances * tensor_parallel <= chips:
         raise ConfigError(
             f"{instances} instances of {tensor_parallel} chips each do not fit {hardware}, which "
             f"has {chips}. Lower --instances or --tensor-parallel, to at least 1"
@@ -212,7 +212,7 @@ def _check_measured(
     tensor_parallel: int | None,
 ) -> None:
     """What a measured cost model is of must agree with what is asked for."""
-    if instances is None or instances < 1:
+    if instances is None:
         raise ConfigError(f"with the cost model {path}, say how many --instances there are")
     made_for = cost.fingerprint
     wanted = tensor_parallel or made_for.tensor_parallel

@@ -126,9 +126,8 @@ class Outlook:
         needed = used + table.blocks(self.answer) * tenants.rows
         moves = used <= tenants.blocks and needed <= elsewhere
         if moves and used:
-            ends = {instance, next((i for i in targets if i != instance), instance)}
-            cover = table.snapshot.topology.smallest_cover(frozenset(ends), usable)
-            moves = len(ends) == 2 and cover is not None
+            target = next((i for i in targets if i != instance), None)
+            moves = target is not None and self._leads(instance, target, usable)
         return Candidate(
             instance=instance,
             free=table.spare(instance),
@@ -137,6 +136,10 @@ class Outlook:
             paused=tenants.paused,
             moved=used * table.snapshot.block_size if moves else None,
         )
+
+    def _leads(self, source: InstanceId, target: InstanceId, usable: frozenset[InstanceId]) -> bool:
+        topology = self._table.snapshot.topology
+        return topology.smallest_cover(frozenset((source, target)), usable) is not None
 
     def elsewhere(self, candidates: Sequence[Candidate]) -> int:
         """Free blocks, for the KV of decodes, on instances that are no candidates."""
