@@ -12,6 +12,7 @@ import pytest
 
 from loongjax.cluster.emulation import GPU_MEMORY_SHARE, prepare_devices
 from loongjax.errors import ConfigError
+from tests.environment import user_environment
 
 SHARES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
@@ -21,11 +22,8 @@ COUNT = "import jax; print(len(jax.devices()), jax.default_backend())"
 
 
 def run(script: str, **environment: str) -> subprocess.CompletedProcess:
-    inherited = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("NPROC", "JAX_NUM_CPU_DEVICES", "XLA_FLAGS")
-    }
+    inherited = user_environment()
+    inherited.pop("XLA_FLAGS", None)
     return subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,

@@ -10,7 +10,6 @@ import argparse
 import ast
 import inspect
 import json
-import os
 import re
 import runpy
 import subprocess
@@ -24,6 +23,7 @@ import pytest
 from loongjax import LLM
 from loongjax.cli.main import build_parser
 from tests.docs.blocks import ROOT, Block, all_blocks, blocks_of, commands_of, shape_of
+from tests.environment import user_environment
 
 BLOCKS = all_blocks()
 COMMANDS = [(block, words) for block in BLOCKS for words in commands_of(block)]
@@ -99,8 +99,7 @@ def heads() -> list[str]:
 
 def run(*words: str | Path, folder: Path, code: int = 0) -> str:
     """What a command of this environment prints. It gets a user's environment, not the tests'."""
-    of_tests = ("NPROC", "JAX_NUM_CPU_DEVICES")
-    env = {name: value for name, value in os.environ.items() if name not in of_tests}
+    env = user_environment()
     done = subprocess.run(words, capture_output=True, text=True, cwd=folder, env=env)
     assert done.returncode == code, f"{words}: {done.stderr}"
     return done.stdout

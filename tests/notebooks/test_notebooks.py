@@ -8,7 +8,6 @@ which the demo keeps in the user's cache.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,11 +17,11 @@ import nbformat
 import pytest
 
 from scripts import run_notebooks
+from tests.environment import user_environment
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MAX_CELLS, MAX_BYTES = 14, 400_000
-OF_TESTS = ("NPROC", "JAX_NUM_CPU_DEVICES")
 
 pytestmark = pytest.mark.xdist_group("notebooks")
 
@@ -36,7 +35,7 @@ def run_script(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         [sys.executable, ROOT / "scripts" / "run_notebooks.py", *arguments],
         capture_output=True,
         text=True,
-        env={name: value for name, value in os.environ.items() if name not in OF_TESTS},
+        env=user_environment(),
     )
 
 
