@@ -113,7 +113,7 @@ def describe(found: Profile, out: Path, wall_s: float) -> dict[str, Any]:
         "points": found.points,
         "resumed": found.resumed,
         "held_out": {kind: dataclasses.asdict(check) for kind, check in found.held_out.items()},
-        "crowding": found.sib.crowding,
+        "crowding": dataclasses.asdict(found.sib.crowding),
         "host": dataclasses.asdict(found.sib.host),
         "wall_s": round(wall_s, 3),
     }

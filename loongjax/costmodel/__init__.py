@@ -3,12 +3,13 @@
 from loongjax.costmodel.calibrated import calibrated_sib
 from loongjax.costmodel.correction import CorrectedCost
 from loongjax.costmodel.protocol import ChunkWork, CostModel, DecodeWork
-from loongjax.costmodel.sib import Fingerprint, HostTime, ScalingInformationBase
+from loongjax.costmodel.sib import Crowding, Fingerprint, HostTime, ScalingInformationBase
 
 __all__ = [
     "ChunkWork",
     "CorrectedCost",
     "CostModel",
+    "Crowding",
     "DecodeWork",
     "Fingerprint",
     "HostTime",

@@ -20,7 +20,7 @@ from loongjax.costmodel.padding import Padding
 from loongjax.costmodel.protocol import ChunkWork, DecodeWork
 from loongjax.errors import ConfigError
 
-VERSION = 1
+VERSION = 2
 """Of the file. Raised whenever a field changes its meaning."""
 
 FitT = TypeVar("FitT", PrefillFit, DecodeFit, MigrateFit)
@@ -61,6 +61,20 @@ class HostTime:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Crowding:
+    """Part of its time by which a step takes longer while another group works on one of its own
+    kind: 0 on devices of their own, 1 where all share the same cores and use them fully.
+
+    Attributes:
+      prefill: Of prompts.
+      decode: Of decodes; migrations are taken to be like them.
+    """
+
+    prefill: float = 0.0
+    decode: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ScalingInformationBase:
     """A `CostModel` of fitted coefficients.
 
@@ -72,8 +86,7 @@ class ScalingInformationBase:
       host: Time of the engine itself.
       pool_slots: KV tokens that an instance of this kind holds, if that was found too.
       padding: The sizes to which steps are rounded up. None: to none.
-      crowding: Part of its time by which a step takes longer for each other group that works
-        meanwhile: 0 on devices of their own, 1 where all share the same cores.
+      crowding: How groups that work at once slow each other down.
     """
 
     fingerprint: Fingerprint
@@ -84,7 +97,7 @@ class ScalingInformationBase:
     host: HostTime
     pool_slots: int | None = None
     padding: Padding | None = None
-    crowding: float = 0.0
+    crowding: Crowding = Crowding()
     _prefill: dict[int, PrefillFit] = field(
         init=False, default_factory=dict, repr=False, compare=False
     )
@@ -161,7 +174,7 @@ class ScalingInformationBase:
             "host": asdict(self.host),
             "pool_slots": self.pool_slots,
             "padding": None if self.padding is None else asdict(self.padding),
-            "crowding": self.crowding,
+            "crowding": asdict(self.crowding),
         }
 
     @classmethod
@@ -205,7 +218,7 @@ class ScalingInformationBase:
                 host=HostTime(**content["host"]),
                 pool_slots=content["pool_slots"],
                 padding=_padding(content.get("padding")),
-                crowding=content.get("crowding", 0.0),
+                crowding=Crowding(**content["crowding"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(

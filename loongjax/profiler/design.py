@@ -111,9 +111,9 @@ def walks(degree: int, sizes: Sizes) -> Series:
     resumed = Walk(degree=degree, lengths=(largest * degree,), chunks=_WALK)
     part = Walk(degree=degree, lengths=(largest // 2 * degree,), chunks=2 * _WALK)
     between = [
-        Walk(degree=degree, lengths=(largest * degree,), chunks=2 * _WALK),
         Walk(degree=degree, lengths=(largest // 2 * degree, largest // 4 * degree)),
         Walk(degree=degree, lengths=(largest // 4 * degree,), chunks=2 * _WALK),
+        Walk(degree=degree, lengths=(largest * degree,), chunks=2 * _WALK),  # takes longest
     ]
     held_out = [
         Walk(degree=degree, lengths=(largest * 3 // 4 * degree,), chunks=_WALK + 1),

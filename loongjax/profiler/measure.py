@@ -13,7 +13,8 @@ from statistics import median
 from loongjax.costmodel.fit import DecodeSample, MigrateSample, PrefillSample
 from loongjax.costmodel.padding import Padding
 from loongjax.costmodel.protocol import ChunkWork, DecodeWork
-from loongjax.plan import RequestId
+from loongjax.costmodel.sib import Crowding
+from loongjax.plan import DecodeStep, PrefillStep, RequestId, Step
 from loongjax.profiler.design import Decode, Migration, Point, Walk
 from loongjax.profiler.runner import Runner
 
@@ -68,30 +69,36 @@ def samples(point: Point, seconds: Sequence[float], padding: Padding) -> Samples
             return Samples(migrate=(MigrateSample(tokens=tokens, seconds=seconds[0]),))
 
 
-def crowding(runner: Runner, padding: Padding) -> float:
-    """By what part of its time a step is slower for each other group that works meanwhile.
-
-    Measured with chunks of the largest size on two instances, at once and one by one; 0 if
-    there is one instance.
+def crowding(runner: Runner, padding: Padding) -> Crowding:
+    """Measures steps on two instances, at once and one by one: prompts of the largest chunk, and
+    decodes of one request each after them. 0 if there is one instance.
     """
     if runner.topology.instances < 2:
-        return 0.0
-    first, second = (group for group in runner.topology.groups(1)[:2])
+        return Crowding()
+    groups = runner.topology.groups(1)[:2]
     length = min(padding.chunks[-1], runner.allocator.usable // 2)
-    names = [runner.open(length) for _ in range(2)]
-    for group, name in zip((first, second), names, strict=True):
-        runner.prefill(group, [(name, length)])
 
-    def alone() -> float:
-        return sum(runner.decode(g, [n], 1) for g, n in zip((first, second), names, strict=True))
+    def prompts() -> list[PrefillStep]:
+        runner.close_all()
+        return [runner.prefill_step(group, [(runner.open(length), length)]) for group in groups]
 
-    def at_once() -> float:
-        steps = [runner.decode_step(g, [n], 1) for g, n in zip((first, second), names, strict=True)]
-        return 2 * runner.together(steps)
+    prefill = _slower(runner, prompts)
+    computed = prompts()
+    runner.together(computed)
 
-    ratio = _settled(at_once) / _settled(alone)
+    def decodes() -> list[DecodeStep]:
+        return [runner.decode_step(p.group, [p.chunks[0].request], 1) for p in computed]
+
+    decode = _slower(runner, decodes)
     runner.close_all()
-    return min(1.0, max(0.0, ratio - 1.0))
+    return Crowding(prefill=prefill, decode=decode)
+
+
+def _slower(runner: Runner, make: Callable[[], Sequence[Step]]) -> float:
+    """By what part of their time steps take longer at once than one by one."""
+    at_once = _settled(lambda: runner.together(make()))
+    alone = _settled(lambda: runner.one_by_one(make()))
+    return min(1.0, max(0.0, at_once / alone - 1.0))
 
 
 def _walk(point: Walk, runner: Runner) -> list[float]:

@@ -107,16 +107,20 @@ class Runner:
 
     # ---- steps -----------------------------------------------------------------------
 
-    def prefill(self, group: Group, chunks: Sequence[tuple[RequestId, int]]) -> float:
-        """Computes the next tokens of each; KV lies evenly. Says how long it took [s]."""
+    def prefill_step(self, group: Group, chunks: Sequence[tuple[RequestId, int]]) -> PrefillStep:
+        """The next tokens of each; KV lies evenly."""
         made, keep = [], []
         for name, length in chunks:
             start = self.allocator.computed(name)
             last = start + length == self._lengths[name]
             made.append(Chunk(request=name, start=start, length=length, last=last))
             keep.append(Placement(request=name, shares=self._shares(group, length)))
-        step = PrefillStep(seq=self._next(), group=group, chunks=tuple(made), keep=tuple(keep))
-        return self._run([step])[0]
+        seq = self._next()
+        return PrefillStep(seq=seq, group=group, chunks=tuple(made), keep=tuple(keep))
+
+    def prefill(self, group: Group, chunks: Sequence[tuple[RequestId, int]]) -> float:
+        """See `prefill_step`; says how long it took [s]."""
+        return self._run([self.prefill_step(group, chunks)])[0]
 
     def decode_step(self, group: Group, names: Sequence[RequestId], masters: int) -> DecodeStep:
         """One token for each, on so many masters; its KV goes to instances in turn."""
@@ -133,6 +137,10 @@ class Runner:
     def together(self, steps: Sequence[Step]) -> float:
         """Runs steps of disjoint groups at once: the mean of their times [s]."""
         return sum(self._run(steps)) / len(steps)
+
+    def one_by_one(self, steps: Sequence[Step]) -> float:
+        """Runs steps one after the other: the mean of their times [s]."""
+        return sum([self._run([step])[0] for step in steps]) / len(steps)
 
     def migrate(self, name: RequestId, source: InstanceId, target: InstanceId) -> float:
         """Moves all that `source` holds of a request [s]."""

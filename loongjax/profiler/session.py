@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TypeAlias
 
-from loongjax.costmodel import Fingerprint, HostTime, ScalingInformationBase
+from loongjax.costmodel import Crowding, Fingerprint, HostTime, ScalingInformationBase
 from loongjax.costmodel.fit import (
     DecodeFit,
     MigrateFit,
@@ -126,15 +126,17 @@ class Session:
         self._done += 1
         return samples(point, seconds, self._padding)
 
-    def _crowding(self) -> float:
+    def _crowding(self) -> Crowding:
         name = "crowding"
         self._tell(self._done, self._total, name)
         known = self._log.get(name)
         if known is None:
-            known = [crowding(self._runner, self._padding)]
+            found = crowding(self._runner, self._padding)
+            known = [found.prefill, found.decode]
             self._log.put(name, known)
         self._done += 1
-        return known[0]
+        prefill, decode = known
+        return Crowding(prefill=prefill, decode=decode)
 
     def _explore(
         self, series: Series, errors: Callable[[Samples, Samples], list[float]]

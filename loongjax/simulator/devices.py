@@ -1,9 +1,10 @@
 """Instances that work on steps, on a virtual clock.
 
 Owns what runs, and when it ends. Steps on one instance follow each other in the order of their
-launches. Where instances share cores (`crowding`), `k` groups that work at once are each slower
-by 1 + crowding * (k - 1), from the moment when the others begin until they end: processor
-sharing, kept as one count of the work that everybody who runs has got so far.
+launches. Where instances share cores, `k` groups that work at once are each slower by
+1 + crowding * (k - 1), with the mean `crowding` of their steps, from the moment when the others
+begin until they end: processor sharing, kept as one count of the work that everybody who runs
+has got so far.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ class _Task:
     seq: int
     group: Group
     seconds: float
+    crowding: float
     started: float = 0.0
     blockers: int = 0
     behind: list[_Task] = field(default_factory=list)
@@ -38,8 +40,7 @@ class Ended:
 class Devices:
     """See the module."""
 
-    def __init__(self, crowding: float = 0.0) -> None:
-        self._crowding = crowding
+    def __init__(self) -> None:
         self._clock = 0.0
         self._work = 0.0  # what a step that ran from the beginning would have got so far [s]
         self._running: list[tuple[float, int, _Task]] = []  # by the work at which they end
@@ -53,10 +54,15 @@ class Devices:
             return self._ended[0].ended
         return self._end_of_first() if self._running else None
 
-    def launch(self, now: float, seq: int, group: Group, seconds: float) -> None:
-        """Runs a step as soon as what was launched on its group before has ended."""
+    def launch(
+        self, now: float, seq: int, group: Group, seconds: float, crowding: float = 0.0
+    ) -> None:
+        """Runs a step as soon as what was launched on its group before has ended.
+
+        `crowding` is the part of its time by which it and another one like it slow each other.
+        """
         self._run_until(now)
-        task = _Task(seq=seq, group=group, seconds=seconds)
+        task = _Task(seq=seq, group=group, seconds=seconds, crowding=crowding)
         before = {id(t): t for i in group if (t := self._last.get(i)) is not None}
         for other in before.values():
             other.behind.append(task)
@@ -85,7 +91,10 @@ class Devices:
 
     @property
     def _slowness(self) -> float:
-        return 1.0 + self._crowding * (len(self._running) - 1)
+        count = len(self._running)
+        if count == 1:
+            return 1.0
+        return 1.0 + sum([task.crowding for _, _, task in self._running]) * (count - 1) / count
 
     def _end_of_first(self) -> float:
         return self._clock + (self._running[0][0] - self._work) * self._slowness

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from loongjax.costmodel.protocol import CostModel
-from loongjax.costmodel.sib import HostTime
-from loongjax.costmodel.steps import step_seconds
+from loongjax.costmodel.sib import Crowding, HostTime
+from loongjax.costmodel.steps import step_crowding, step_seconds
 from loongjax.errors import IntegrityError, StepError
 from loongjax.executor.protocol import ExecutorLimits, RequestInput
 from loongjax.kvcache.messages import SlotPlan
@@ -58,16 +58,16 @@ class VirtualExecutor:
         cost: CostModel,
         host: HostTime,
         limits: ExecutorLimits,
-        crowding: float = 0.0,
+        crowding: Crowding,
     ) -> None:
-        """`crowding`: see `Devices`."""
         self._door = door
         self._ledger = ledger
         self._cost = cost
         self._host = host
         self._limits = limits
         self._now = 0.0
-        self._devices = Devices(crowding)
+        self._devices = Devices()
+        self._crowding = crowding
         self._flying: dict[int, tuple[SampledToken, ...]] = {}
         self._lives: dict[RequestId, _Life] = {}
         self.scaling = ScalingCounter()
@@ -107,7 +107,8 @@ class VirtualExecutor:
         self._ledger.apply(step, slots)
         self.scaling.add(step)
         self._now += self._host.step_s + self._host.row_s * _rows(step)
-        self._devices.launch(self._now, step.seq, step.group, seconds)
+        crowding = step_crowding(step, self._crowding)
+        self._devices.launch(self._now, step.seq, step.group, seconds, crowding)
         lives = self._lives
         self._flying[step.seq] = tuple([lives[name].next_token() for name in _sampled(step)])
         self.steps += 1

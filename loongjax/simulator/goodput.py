@@ -34,8 +34,8 @@ class Probe:
       rate: Requests a second that came.
       requests: How many.
       attained: How well they were served.
-      work_rate: The work that was done while requests came, as the rate of such requests that
-        it would serve [requests/s].
+      work_rate: The work that was done in the second half of the time in which requests came,
+        as the rate of such requests that it would serve [requests/s].
     """
 
     rate: float
@@ -166,6 +166,12 @@ class _Search:
         return low
 
     def _work_rate(self, run: Run) -> float:
-        """The run's end does not count: what is left then keeps few instances busy."""
-        done = fluid_seconds_done(run.outcomes, run.last_arrival, self._deployment)
-        return self.bound * done / (run.last_arrival - run.started)
+        """Of the second half of the time in which requests come: before, work has yet to build
+        up, and what is left at the end keeps few instances busy.
+        """
+        end = run.last_arrival
+        middle = (run.started + end) / 2
+        before, all_done = (
+            fluid_seconds_done(run.outcomes, until, self._deployment) for until in (middle, end)
+        )
+        return self.bound * (all_done - before) / (end - middle)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from loongjax.cluster.topology import EverySubset
-from loongjax.costmodel import ChunkWork, DecodeWork, ScalingInformationBase
+from loongjax.costmodel import ChunkWork, Crowding, DecodeWork, ScalingInformationBase
 from loongjax.costmodel.padding import Padding
 from loongjax.errors import StepError
 from loongjax.executor.protocol import ExecutorLimits
@@ -23,7 +23,9 @@ pytestmark = pytest.mark.usefixtures("without_shape_checks")
 
 SIZES = Sizes(chunks=(128, 512, 1024), rows=(1, 8, 32), slots=16_384)
 TRUTH = replace(
-    toy_sib(degrees=(1, 2)), padding=Padding(chunks=SIZES.chunks, rows=SIZES.rows), crowding=0.4
+    toy_sib(degrees=(1, 2)),
+    padding=Padding(chunks=SIZES.chunks, rows=SIZES.rows),
+    crowding=Crowding(prefill=0.8, decode=0.4),
 )
 
 
@@ -64,7 +66,8 @@ def test_what_is_found_foretells_the_devices(tmp_path, noise: float) -> None:
         assert check.median <= 1e-3 + noise
         assert check.points >= 1
     sib = found.sib
-    assert sib.crowding == pytest.approx(TRUTH.crowding, abs=0.01 + noise)
+    assert sib.crowding.prefill == pytest.approx(TRUTH.crowding.prefill, abs=0.01 + noise)
+    assert sib.crowding.decode == pytest.approx(TRUTH.crowding.decode, abs=0.01 + noise)
     for degree in (1, 2):
         for chunks in ([ChunkWork(700, 0)], [ChunkWork(512, 0), ChunkWork(300, 4_096)]):
             true = TRUTH.prefill(degree, chunks)
@@ -101,7 +104,7 @@ def test_a_log_of_something_else_is_begun_anew(tmp_path) -> None:
 
 def test_one_instance_moves_nothing_and_crowds_nobody(tmp_path) -> None:
     found = profile(devices(instances=1), tmp_path / "log")
-    assert found.sib.crowding == 0.0
+    assert found.sib.crowding == Crowding()
     assert found.sib.migrate(100) == 0.0
     assert found.held_out.keys() == {"prefill", "decode"}
 

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass, field
 
 from loongjax.costmodel import ScalingInformationBase
-from loongjax.costmodel.steps import step_seconds
+from loongjax.costmodel.steps import step_crowding, step_seconds
 from loongjax.executor.protocol import ExecutorLimits, RequestInput
 from loongjax.kvcache import BlockAllocator
 from loongjax.kvcache.messages import SlotPlan
@@ -30,7 +30,7 @@ class VirtualDevices:
 
     def __post_init__(self) -> None:
         self.ledger = Ledger(self.allocator)
-        self.devices = Devices(self.truth.crowding)
+        self.devices = Devices()
 
     def now(self) -> float:
         return self.clock
@@ -44,10 +44,11 @@ class VirtualDevices:
     def submit(self, step: Step, slots: SlotPlan) -> None:
         self.steps += 1
         seconds = step_seconds(step, self.ledger, self.truth)
+        crowding = step_crowding(step, self.truth.crowding)
         self.ledger.apply(step, slots)
         self.ledger.check()
         slower = 1.0 + self.noise * self.chance.random()
-        self.devices.launch(self.clock, step.seq, step.group, seconds * slower)
+        self.devices.launch(self.clock, step.seq, step.group, seconds * slower, crowding)
 
     def poll(self, timeout: float) -> list[StepResult]:
         end = self.devices.next_end

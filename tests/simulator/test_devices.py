@@ -11,9 +11,9 @@ from loongjax.simulator.devices import Devices
 
 def run(crowding: float, *launches: tuple[float, tuple[int, ...], float]) -> dict[int, list[float]]:
     """`(time, group, seconds)` of steps 0, 1, …; gives when each began and ended."""
-    devices = Devices(crowding)
+    devices = Devices()
     for seq, (now, group, seconds) in enumerate(launches):
-        devices.launch(now, seq, group, seconds)
+        devices.launch(now, seq, group, seconds, crowding)
     found = {}
     while (end := devices.next_end) is not None:
         for step in devices.advance(end):
@@ -36,6 +36,15 @@ def test_groups_that_share_all_cores_take_twice_as_long_together() -> None:
 def test_only_while_the_other_works() -> None:
     """Step 1 comes when 0 has half done: 0 needs two seconds more, and 1 the rest alone."""
     assert run(1.0, (0.0, (0,), 2.0), (1.0, (1,), 2.0)) == {0: [0.0, 3.0], 1: [1.0, 4.0]}
+
+
+def test_different_steps_slow_each_other_by_the_mean() -> None:
+    devices = Devices()
+    devices.launch(0.0, 0, (0,), 1.0, 0.8)
+    devices.launch(0.0, 1, (1,), 2.0, 0.4)
+    assert devices.next_end == pytest.approx(1.6)
+    assert [step.seq for step in devices.advance(1.6)] == [0]
+    assert devices.next_end == pytest.approx(2.6)
 
 
 steps = st.lists(
