@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 from loongjax.errors import ConfigError
@@ -223,8 +224,7 @@ def read_settings(file: str | Path) -> dict[str, Any]:
         if name not in _DEFAULTS:
             raise ConfigError(f"{path} has {name!r}, which is no setting; {_hint(name, value)}")
         if not _is_a(value, kinds[name]):
-            wanted = inspect.signature(engine_config).parameters[name].annotation
-            raise ConfigError(f"{path}: {name} is {wanted}, which {value!r} is not")
+            raise ConfigError(f"{path}: {name} must be {_words(kinds[name])}, not {value!r}")
     return settings
 
 
@@ -244,6 +244,17 @@ def _is_a(value: object, kind: Any) -> bool:
     if get_args(kind):
         return any(_is_a(value, each) for each in get_args(kind))
     return type(value) is kind
+
+
+def _words(kind: Any) -> str:
+    """What `_is_a` accepts, for a user."""
+    if get_origin(kind) is Literal:
+        return " or ".join(map(repr, get_args(kind)))
+    if get_origin(kind) is Sequence:
+        return f"a list of {_words(*get_args(kind))}"
+    if get_args(kind):
+        return " or ".join(_words(each) for each in get_args(kind) if each is not NoneType)
+    return str(kind.__name__)
 
 
 def _path(path: str | Path | None) -> Path | None:
