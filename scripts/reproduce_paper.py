@@ -42,6 +42,7 @@ from loongjax.simulator import (
     find_goodput,
     fluid_rate,
     simulate,
+    work_rate,
 )
 from loongjax.simulator.metrics import normalized_ms
 from scripts import fit_a800
@@ -165,7 +166,9 @@ class Paper:
         for _ in range(8):
             middle = (low + high) / 2
             host = HostTime(turn_s=0.3e-3, step_s=middle, row_s=10e-6)
-            if mean_ms(jobs, policy, self.deployment(policy, host)) <= LIMITS["sharegpt"]:
+            deployment = self.deployment(policy, host)
+            in_time = mean_ms(jobs, policy, deployment) <= LIMITS["sharegpt"]
+            if in_time and saturated_rate(jobs, policy, deployment) >= rate:
                 low = middle
             else:
                 high = middle
@@ -298,20 +301,33 @@ def mean_ms(jobs: Sequence[Job], policy: str, deployment: Deployment) -> float:
 
 
 def maximum_rate(jobs: Sequence[Job], policy: str, deployment: Deployment, limit: float) -> float:
-    """The highest rate whose mean latency is within the limit, by bisection.
+    """The highest rate whose mean latency is within the limit, by bisection, and no more than is
+    served under saturation.
 
     All runs last as long as all requests take at the fluid bound.
     """
     bound = fluid_rate(jobs, deployment)
-    low, high = 0.0, 1.1 * bound
+
+    def passes(rate: float) -> bool:
+        count = min(len(jobs), max(20, math.ceil(rate / bound * len(jobs))))
+        return mean_ms(at_rate(jobs[:count], rate), policy, deployment) <= limit
+
+    low, high = 0.0, min(bound, saturated_rate(jobs, policy, deployment))
+    if passes(high):
+        return high
     while high - low > PRECISION * bound:
         rate = (low + high) / 2
-        count = min(len(jobs), max(20, math.ceil(rate / bound * len(jobs))))
-        if mean_ms(at_rate(jobs[:count], rate), policy, deployment) <= limit:
-            low = rate
-        else:
-            high = rate
+        low, high = (rate, high) if passes(rate) else (low, rate)
     return low
+
+
+def saturated_rate(jobs: Sequence[Job], policy: str, deployment: Deployment) -> float:
+    """What is served when requests come as fast as at the fluid bound [requests/s]: what comes
+    faster than that builds a backlog, which hurts nobody before a run ends.
+    """
+    bound = fluid_rate(jobs, deployment)
+    run = simulate(at_rate(jobs, bound), deployment, create_policy(policy, deployment.cost))
+    return work_rate(run, deployment, bound)
 
 
 def masters() -> Iterator[Cell]:

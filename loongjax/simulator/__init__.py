@@ -9,7 +9,7 @@ run = simulate(draw_jobs("sharegpt", 1000, rate=10.0, seed=0), deployment, polic
 
 from loongjax.simulator.bound import fluid_rate, fluid_seconds
 from loongjax.simulator.deployment import Deployment, deploy
-from loongjax.simulator.goodput import Goodput, Probe, find_goodput
+from loongjax.simulator.goodput import Goodput, Probe, find_goodput, work_rate
 from loongjax.simulator.jobs import Job, Outcome, at_rate
 from loongjax.simulator.metrics import Attainment, Objective, attainment, report
 from loongjax.simulator.run import Run, simulate
@@ -36,6 +36,7 @@ __all__ = [
     "read_trace",
     "report",
     "simulate",
+    "work_rate",
     "workload_names",
     "write_trace",
 ]

@@ -34,8 +34,7 @@ class Probe:
       rate: Requests a second that came.
       requests: How many.
       attained: How well they were served.
-      work_rate: The work that was done in the second half of the time in which requests came,
-        as the rate of such requests that it would serve [requests/s].
+      work_rate: What was served meanwhile; see `work_rate`.
     """
 
     rate: float
@@ -131,7 +130,7 @@ class _Search:
                 rate=rate,
                 requests=count,
                 attained=attainment(run, self._deployment, self._objective),
-                work_rate=self._work_rate(run),
+                work_rate=work_rate(run, self._deployment, self.bound),
             )
             _log.info(
                 "rate %.3f/s: %.1f %% meet the objective, %.1f %% in the worst class; %d "
@@ -165,13 +164,16 @@ class _Search:
                 high = middle
         return low
 
-    def _work_rate(self, run: Run) -> float:
-        """Of the second half of the time in which requests come: before, work has yet to build
-        up, and what is left at the end keeps few instances busy.
-        """
-        end = run.last_arrival
-        middle = (run.started + end) / 2
-        before, all_done = (
-            fluid_seconds_done(run.outcomes, until, self._deployment) for until in (middle, end)
-        )
-        return self.bound * (all_done - before) / (end - middle)
+
+def work_rate(run: Run, deployment: Deployment, bound: float) -> float:
+    """The work that was done, as the rate of such requests that it would serve [requests/s].
+
+    In the second half of the time in which requests come: before, work has yet to build up, and
+    what is left at the end keeps few instances busy. `bound` is the fluid bound.
+    """
+    end = run.last_arrival
+    middle = (run.started + end) / 2
+    before, all_done = (
+        fluid_seconds_done(run.outcomes, until, deployment) for until in (middle, end)
+    )
+    return bound * (all_done - before) / (end - middle)

@@ -9,7 +9,7 @@ import pytest
 
 from loongjax.simulator import draw_jobs, fluid_rate
 from scripts import reproduce_paper
-from scripts.reproduce_paper import Cell, Paper, main, maximum_rate
+from scripts.reproduce_paper import Cell, Paper, main, maximum_rate, saturated_rate
 
 
 def test_overheads_are_written_as_a_table_and_a_picture(tmp_path, capsys):
@@ -56,9 +56,11 @@ def test_maximum_rate_is_where_the_limit_is_crossed(monkeypatch):
     monkeypatch.setattr(reproduce_paper, "mean_ms", rate_of)
     deployment = Paper.deployment("tp", None)
     bound = fluid_rate(jobs, deployment)
-    for part in (0.3, 0.8):
+    saturated = saturated_rate(jobs, "tp", deployment)
+    assert 0.5 * bound < saturated <= bound
+    for part in (0.3, 0.5, 2.0):
         found = maximum_rate(jobs, "tp", deployment, part * bound)
-        assert found == pytest.approx(part * bound, abs=0.02 * bound)
+        assert found == pytest.approx(min(part * bound, saturated), abs=0.02 * bound)
 
 
 @pytest.mark.parametrize("mode", ["published", "fair"])
