@@ -161,13 +161,13 @@ class Paper:
 
     def calibrate(self, name: str, rate: float) -> float:
         """The time of a step on the host at which a baseline meets its published rate [s]."""
-        jobs, low, high = self.jobs("sharegpt", rate), 0.0, LONGEST_STEP_S
+        jobs, low, high = self.jobs("sharegpt"), 0.0, LONGEST_STEP_S
         policy = f"{name}:chunk={CHUNKS['sharegpt']}" if name == "chunked_prefill" else name
         for _ in range(8):
             middle = (low + high) / 2
             host = HostTime(turn_s=0.3e-3, step_s=middle, row_s=10e-6)
             deployment = self.deployment(policy, host)
-            in_time = mean_ms(jobs, policy, deployment) <= LIMITS["sharegpt"]
+            in_time = is_in_time(jobs, policy, deployment, LIMITS["sharegpt"], rate)
             if in_time and saturated_rate(jobs, policy, deployment) >= rate:
                 low = middle
             else:
@@ -300,24 +300,29 @@ def mean_ms(jobs: Sequence[Job], policy: str, deployment: Deployment) -> float:
     return math.inf if mean is None or len(done) < len(jobs) else mean
 
 
+def is_in_time(
+    jobs: Sequence[Job], policy: str, deployment: Deployment, limit: float, rate: float
+) -> bool:
+    """Whether the mean latency at a rate is within the limit. All runs last as long as all
+    requests take at the fluid bound.
+    """
+    part = rate / fluid_rate(jobs, deployment)
+    count = min(len(jobs), max(20, math.ceil(part * len(jobs))))
+    return mean_ms(at_rate(jobs[:count], rate), policy, deployment) <= limit
+
+
 def maximum_rate(jobs: Sequence[Job], policy: str, deployment: Deployment, limit: float) -> float:
     """The highest rate whose mean latency is within the limit, by bisection, and no more than is
     served under saturation.
-
-    All runs last as long as all requests take at the fluid bound.
     """
     bound = fluid_rate(jobs, deployment)
-
-    def passes(rate: float) -> bool:
-        count = min(len(jobs), max(20, math.ceil(rate / bound * len(jobs))))
-        return mean_ms(at_rate(jobs[:count], rate), policy, deployment) <= limit
-
     low, high = 0.0, min(bound, saturated_rate(jobs, policy, deployment))
-    if passes(high):
+    if is_in_time(jobs, policy, deployment, limit, high):
         return high
     while high - low > PRECISION * bound:
         rate = (low + high) / 2
-        low, high = (rate, high) if passes(rate) else (low, rate)
+        passes = is_in_time(jobs, policy, deployment, limit, rate)
+        low, high = (rate, high) if passes else (low, rate)
     return low
 
 
