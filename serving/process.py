@@ -29,7 +29,7 @@ from serving.service import Service
 from serving.steering import Steering
 from serving.steps import StepFeed
 
-_LOOK_S = 0.1
+_LOOK_S = 0.5
 """How often the engine is looked at; its open requests know of its death at once."""
 _LAST_WORDS_S = 2.0
 """What it may take until every request has been told its end."""
