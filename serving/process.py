@@ -53,16 +53,16 @@ def serve(
     config: ServeConfig,
     on_ready: Callable[[Addresses], object],
 ) -> None:
-    """Serves until a signal ends it; closes the engine.
+    """Serves until a signal ends it.
+
+    The engine is not closed then, but idle: to give back programs such as the demo's takes many
+    seconds, for which nobody has to wait at the end of a process.
 
     Raises:
       ConfigError: An address, a certificate or a token file cannot be used.
       EngineClosedError: The engine died.
     """
-    try:
-        asyncio.run(_serve(built, model_name, config, on_ready))
-    finally:
-        built.engine.close()
+    asyncio.run(_serve(built, model_name, config, on_ready))
 
 
 async def _serve(
@@ -88,7 +88,7 @@ async def _serve(
         await grpc.set_ready(False)
         if built.engine.alive:
             await _drain(service, config.grace_s, hurried)
-            built.engine.close()
+            service.cut_off()
         died = not asked.is_set()
         await service.wait_until_idle(_LAST_WORDS_S)
         await asyncio.gather(*(each.stop(_FAREWELL_S) for each in (grpc, http) if each))

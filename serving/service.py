@@ -207,6 +207,11 @@ class Service:
         self.is_draining = True
         await self.wait_until_idle(grace_s)
 
+    def cut_off(self) -> None:
+        """Ends all open requests; their readers get a DrainingError."""
+        for answers in self._open.values():
+            answers.abort()
+
     async def wait_until_idle(self, most_s: float) -> None:
         """Waits until no request is open, but no longer than that [s]."""
         with suppress(TimeoutError):
