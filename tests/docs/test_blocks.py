@@ -52,6 +52,7 @@ NOT_RUN = {
     "import grpc": "wants a server at a fixed port; it is compiled and imported",
     "from openai": "wants a server at a fixed port; it is compiled and imported",
     "smg": "never ends; tests/serving/test_gateway.py starts it with these options",
+    "guidellm": "a package that is not here, and wants a server",
     "grpc.health.v1.Health": "what a transcript's client printed",
     "['demo']": "what a transcript's client printed",
     '{"id"': "what a transcript's client printed",
