@@ -29,7 +29,7 @@ from serving.service import Service
 from serving.steering import Steering
 from serving.steps import StepFeed
 
-_LOOK_S = 0.1
+_LOOK_S = 0.5
 """How often the engine is looked at; its open requests know of its death at once."""
 _LAST_WORDS_S = 2.0
 """What it may take until every request has been told its end."""
@@ -53,16 +53,16 @@ def serve(
     config: ServeConfig,
     on_ready: Callable[[Addresses], object],
 ) -> None:
-    """Serves until a signal ends it; closes the engine.
+    """Serves until a signal ends it.
+
+    The engine is not closed then, but idle: to give back programs such as the demo's takes many
+    seconds, for which nobody has to wait at the end of a process.
 
     Raises:
       ConfigError: An address, a certificate or a token file cannot be used.
       EngineClosedError: The engine died.
     """
-    try:
-        asyncio.run(_serve(built, model_name, config, on_ready))
-    finally:
-        built.engine.close()
+    asyncio.run(_serve(built, model_name, config, on_ready))
 
 
 async def _serve(
@@ -88,7 +88,7 @@ async def _serve(
         await grpc.set_ready(False)
         if built.engine.alive:
             await _drain(service, config.grace_s, hurried)
-            built.engine.close()
+            service.cut_off()
         died = not asked.is_set()
         await service.wait_until_idle(_LAST_WORDS_S)
         await asyncio.gather(*(each.stop(_FAREWELL_S) for each in (grpc, http) if each))

@@ -189,13 +189,11 @@ class Service:
           DrainingError: The server ended before the request did.
           LoongJaxError: The request failed.
         """
-        async for piece in answers.stream:
-            if piece.end is not None and piece.end.error is not None:
-                alive = self.built.engine.alive
-                raise (LoongJaxError if alive else EngineClosedError)(piece.end.error)
-            if piece.end is not None and piece.end.reason == "abort" and not answers.is_unwanted:
-                raise DrainingError("the server ended before this request did; send it to another")
-            yield piece
+        while pieces := await answers.stream.take():
+            for piece in pieces:
+                if piece.end is not None:
+                    self._raise_failure(piece.end, answers)
+                yield piece
 
     def abort(self, name: str, client: str) -> None:
         """Ends a client's request with reason `abort`; nothing happens if it has no such one."""
@@ -208,6 +206,11 @@ class Service:
         """Refuses new requests from now on; waits for open ones, at most that long [s]."""
         self.is_draining = True
         await self.wait_until_idle(grace_s)
+
+    def cut_off(self) -> None:
+        """Ends all open requests; their readers get a DrainingError."""
+        for answers in self._open.values():
+            answers.abort()
 
     async def wait_until_idle(self, most_s: float) -> None:
         """Waits until no request is open, but no longer than that [s]."""
@@ -282,6 +285,12 @@ class Service:
         timings = Timings(arrival=now, first_scheduled=None, first_token=None, end=now)
         for sample in range(call.params.n):
             answers.stream.put(sample, FinishedEvent(reason="abort", timings=timings))
+
+    def _raise_failure(self, end: FinishedEvent, answers: Answers) -> None:
+        if end.error is not None:
+            raise (LoongJaxError if self.built.engine.alive else EngineClosedError)(end.error)
+        if end.reason == "abort" and not answers.is_unwanted:
+            raise DrainingError("the server ended before this request did; send it to another")
 
     def _leave(self, answers: Answers) -> None:
         answers.abort()

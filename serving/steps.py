@@ -1,7 +1,7 @@
 """The steps of an engine as they end, for whoever wants to follow: metrics, and watchers.
 
-Looks at the engine every `_LOOK_S`, and only at what is new. A follower who is slow loses the
-oldest steps, and never holds anybody up.
+Looks at the engine once a second, more often while somebody follows, and only at what is new. A
+follower who is slow loses the oldest steps, and never holds anybody up.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from contextlib import contextmanager
 
 from loongjax.engine import Engine, StepRecord
 
-_LOOK_S = 0.1
+_LOOK_S = 1.0
+_FOLLOWED_S = 0.1
 _MOST_KEPT = 10_000
 
 
@@ -48,23 +49,16 @@ class StepFeed:
     def follow(self) -> Iterator[AsyncIterator[StepRecord]]:
         """Every step that ends from now on, for as long as the block runs."""
         kept: deque[StepRecord] = deque(maxlen=_MOST_KEPT)
-        news = asyncio.Event()
-
-        def listener(records: Sequence[StepRecord]) -> None:
-            kept.extend(records)
-            news.set()
-
         self.look()  # what has ended is not for this follower
-        self.listeners.append(listener)
+        self.listeners.append(kept.extend)
         try:
-            yield _each(kept, news)
+            yield self._each(kept)
         finally:
-            self.listeners.remove(listener)
+            self.listeners.remove(kept.extend)
 
-
-async def _each(kept: deque[StepRecord], news: asyncio.Event) -> AsyncIterator[StepRecord]:
-    while True:
-        await news.wait()
-        news.clear()
-        while kept:
-            yield kept.popleft()
+    async def _each(self, kept: deque[StepRecord]) -> AsyncIterator[StepRecord]:
+        while True:
+            self.look()
+            while kept:
+                yield kept.popleft()
+            await asyncio.sleep(_FOLLOWED_S)

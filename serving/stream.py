@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from loongjax.engine import Event, FinishedEvent, TokensEvent
 from loongjax.plan import TokenLogprobs
@@ -20,9 +20,8 @@ from loongjax.plan import TokenLogprobs
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Progress:
-    """What came of one answer since the last time.
+class Progress(NamedTuple):
+    """What came of one answer since the last time; made for each token, so it is a quick type.
 
     Attributes:
       sample: Which of the request's answers, from 0.
@@ -54,35 +53,29 @@ class AnswerStream:
         self._samples = samples
         self._news: dict[int, _News] = {}
         self._told = 0
-        self._arrived = asyncio.Event()
+        self._reader: asyncio.Future[None] | None = None
 
     def put(self, sample: int, event: Event) -> None:
         """Takes an event in."""
-        news = self._news.setdefault(sample, _News())
+        news = self._news.get(sample)
+        if news is None:
+            news = self._news[sample] = _News()
         if isinstance(event, FinishedEvent):
             self.ends[sample] = news.end = event
         else:
             news.tokens.append(event)
             self.tokens += len(event.token_ids)
-        self._arrived.set()
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
-    async def __aiter__(self) -> AsyncIterator[Progress]:
-        """What comes, until every answer has ended."""
-        while self._told < self._samples:
-            await self._arrived.wait()
-            self._arrived.clear()
-            # While the reader is away more may come, of any answer: it is for the next round.
-            taken, self._news = self._news, {}
-            for sample, news in taken.items():
-                self._told += news.end is not None
-                yield Progress(
-                    sample=sample,
-                    token_ids=_joined(event.token_ids for event in news.tokens),
-                    stopped=any(event.stopped for event in news.tokens),
-                    logprobs=_joined(event.logprobs for event in news.tokens),
-                    prompt_logprobs=_joined(event.prompt_logprobs for event in news.tokens),
-                    end=news.end,
-                )
+    async def take(self) -> list[Progress]:
+        """What came since the last time, as soon as there is anything; nothing after the end."""
+        if not self._news and self._told < self._samples:
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        taken, self._news = self._news, {}
+        self._told += sum(news.end is not None for news in taken.values())
+        return [news.progress(sample) for sample, news in taken.items()]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -92,9 +85,20 @@ class _News:
     tokens: list[TokensEvent] = field(default_factory=list)
     end: FinishedEvent | None = None
 
+    def progress(self, sample: int) -> Progress:
+        """All of it at once."""
+        return Progress(
+            sample=sample,
+            token_ids=_joined([event.token_ids for event in self.tokens]),
+            stopped=bool(self.tokens) and self.tokens[-1].stopped,
+            logprobs=_joined([event.logprobs for event in self.tokens]),
+            prompt_logprobs=_joined([event.prompt_logprobs for event in self.tokens]),
+            end=self.end,
+        )
 
-def _joined(parts: Iterable[tuple[_T, ...]]) -> tuple[_T, ...]:
-    return tuple(itertools.chain.from_iterable(parts))
+
+def _joined(parts: Sequence[tuple[_T, ...]]) -> tuple[_T, ...]:
+    return parts[0] if len(parts) == 1 else tuple(itertools.chain.from_iterable(parts))
 
 
 class Bridge:

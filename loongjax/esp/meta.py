@@ -65,7 +65,7 @@ def meta_layout(kind: Kind, n: int, size: int, rows: int) -> MetaLayout:
     `sample_index` [n * rows], the local index of the token whose successor a row samples,
     or -1 where another rank has it.
 
-    Extend: as prefill and, for up to `rows` chunks in local order, `chunk_begin`, `chunk_end`,
+    Extend: as prefill and, for up to n * `rows` chunks in local order, `chunk_begin`, `chunk_end`,
     `chunk_start`, `history_start`, `history_entries`; `query_trips` and `key_trips` (see
     `loongjax.esp.history`).
 
@@ -99,7 +99,7 @@ def meta_layout(kind: Kind, n: int, size: int, rows: int) -> MetaLayout:
             **sampling,
         }
         if kind == "extend":
-            fields |= dict.fromkeys(_CHUNK_FIELDS, (rows,))
+            fields |= dict.fromkeys(_CHUNK_FIELDS, (n * rows,))
             fields |= {"query_trips": (), "key_trips": ()}
         return MetaLayout(fields)
     group_rows = n * rows

@@ -42,16 +42,15 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         )
         async with self._service.answer(call) as answers:
             texts = AnswerTexts(self._service.built.tokenizer, call.params)
-            counts: dict[int, int] = {}
+            counts = [0] * call.params.n
             async for piece in self._service.progress(answers):
-                counts[piece.sample] = counts.get(piece.sample, 0) + len(piece.token_ids)
+                counts[piece.sample] += len(piece.token_ids)
                 response = pb.GenerateResponse(
-                    index=piece.sample,
-                    token_ids=piece.token_ids,
-                    text=texts.push(piece),
-                    logprobs=_logprobs(piece.logprobs),
-                    prompt_logprobs=_logprobs(piece.prompt_logprobs),
+                    index=piece.sample, token_ids=piece.token_ids, text=texts.push(piece)
                 )
+                if piece.logprobs or piece.prompt_logprobs:
+                    response.logprobs.extend(_logprobs(piece.logprobs))
+                    response.prompt_logprobs.extend(_logprobs(piece.prompt_logprobs))
                 if piece.end is not None:
                     finish = _finish(answers, piece.end, counts[piece.sample])
                     response.finish.CopyFrom(finish)

@@ -15,6 +15,8 @@ from serving.config import ServeConfig, join_address
 from serving.preflight import listen
 
 _BACKLOG = 2048
+_TICK_S = 1.0
+"""How often the `date` header is renewed; uvicorn itself wakes the loop ten times as often."""
 
 
 class HttpServer:
@@ -66,12 +68,27 @@ class HttpServer:
         """Takes no more requests; what is open after `grace_s` is cancelled."""
         # Declared as whole seconds, and used as any number of them.
         self._server.config.timeout_graceful_shutdown = grace_s  # type: ignore[assignment]
-        self._server.should_exit = True
+        self._server.end()
         if self._task is not None:
             await self._task
 
 
 class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._asked = asyncio.Event()
+
+    def end(self) -> None:
+        """Ends `serve`."""
+        self.should_exit = True
+        self._asked.set()
+
+    async def main_loop(self) -> None:
+        """What runs between start and end."""
+        while not await self.on_tick(0):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._asked.wait(), _TICK_S)
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Leaves the signals to the process."""

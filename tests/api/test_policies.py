@@ -60,6 +60,17 @@ def test_tokens_do_not_depend_on_the_policy(policy, cost_model, programs):
         assert sum(count_ties(output) for output in outputs) <= 1
 
 
+def test_a_step_of_two_instances_takes_more_chunks_than_one_has_rows(cost_model, programs):
+    policy = "chunked_prefill:chunk=80"
+    llm = LLM("random:tiny", **OPTIONS, policy=policy, cost_model=cost_model, program_dir=programs)
+    with llm:
+        params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+        outputs = llm.generate([[name] * 4 for name in range(1, 45)], params)
+        most = max(len(step.requests) for step in llm.steps() if step.kind == "prefill")
+    assert [output.finish_reason for output in outputs] == ["length"] * 44
+    assert most > 32
+
+
 def test_a_policy_gets_its_settings_and_its_cost_model(cost_model):
     assert make_policy(EngineConfig()) == FirstCome()
     policy = make_policy(EngineConfig(policy="loongserve:headroom=9", cost_model=cost_model))

@@ -37,8 +37,8 @@ def test_each_answer_is_whole_and_ends_once(counts, data):
     async def read() -> list[Progress]:
         pieces = []
         put_some(1)
-        async for piece in stream:
-            pieces.append(piece)
+        while taken := await stream.take():
+            pieces += taken
             put_some(1)  # the reader is away
         return pieces
 
