@@ -93,6 +93,40 @@ LONGEST_STEP_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
+class Engine:
+    """What a published engine is calibrated by.
+
+    Attributes:
+      host: Its own time.
+      faster_s: By how much its steps that carry decodes along are faster than the cost model says.
+    """
+
+    host: HostTime
+    faster_s: float = 0.0
+
+    @classmethod
+    def of_step(cls, seconds: float) -> Engine:
+        """With a host that takes so long for a step; below zero, steps are so much faster."""
+        host = HostTime(turn_s=0.3e-3, step_s=max(seconds, 0.0), row_s=10e-6)
+        return cls(host=host, faster_s=max(-seconds, 0.0))
+
+    def applied(self, deployment: Deployment) -> Deployment:
+        """A deployment of this engine. Those that were published launch no step ahead."""
+        fits = {
+            degree: replace(fit, resumed_constant_s=fit.resumed_constant_s - self.faster_s)
+            for degree, fit in deployment.cost.prefill_fits.items()
+        }
+        return replace(
+            deployment,
+            cost=replace(deployment.cost, prefill_fits=fits),
+            limits=replace(deployment.limits, steps_ahead=0),
+        )
+
+
+WITHIN_LOONGSERVE = Engine(host=LOONGSERVE_HOST)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Cell:
     """One number: where it stands, how it is made, and what was published."""
 
@@ -140,16 +174,14 @@ class Paper:
         count = self.requests * MORE.get(workload, 1)
         return draw_jobs(workload, count, rate=rate, seed=self.seed)
 
-    def host(self, policy: str, mode: str) -> HostTime | None:
-        """Of the cost model if the comparison is fair, else calibrated."""
+    def engine(self, policy: str, mode: str) -> Engine | None:
+        """None if the comparison is fair, else calibrated."""
         if mode == "fair":
             return None
-        if policy.startswith("loongserve"):
-            return LOONGSERVE_HOST
         name = policy.partition(":")[0]
         known = MAXIMUM.get(name)
-        if known is None:
-            return LOONGSERVE_HOST  # the paper ran these within LoongServe
+        if known is None or name == "loongserve":
+            return WITHIN_LOONGSERVE
         cell = Cell(
             figure="host",
             row=name,
@@ -157,16 +189,19 @@ class Paper:
             published=None,
             make=lambda: self.calibrate(name, known["sharegpt"]),
         )
-        return HostTime(turn_s=0.3e-3, step_s=self.value(cell), row_s=10e-6)
+        return Engine.of_step(self.value(cell))
 
     def calibrate(self, name: str, rate: float) -> float:
-        """The time of a step on the host at which a baseline meets its published rate [s]."""
-        jobs, low, high = self.jobs("sharegpt"), 0.0, LONGEST_STEP_S
+        """The time of a step on the host at which a baseline meets its published rate [s]; below
+        zero, see `Engine.of_step`.
+        """
+        jobs = self.jobs("sharegpt")
         policy = f"{name}:chunk={CHUNKS['sharegpt']}" if name == "chunked_prefill" else name
-        for _ in range(8):
+        fit = self.deployment(policy, None).cost.prefill_fit(1)
+        low, high = -fit.resumed_constant_s, LONGEST_STEP_S
+        for _ in range(9):
             middle = (low + high) / 2
-            host = HostTime(turn_s=0.3e-3, step_s=middle, row_s=10e-6)
-            deployment = self.deployment(policy, host)
+            deployment = self.deployment(policy, Engine.of_step(middle))
             in_time = is_in_time(jobs, policy, deployment, LIMITS["sharegpt"], rate)
             if in_time and saturated_rate(jobs, policy, deployment) >= rate:
                 low = middle
@@ -176,15 +211,12 @@ class Paper:
 
     @staticmethod
     def deployment(
-        policy: str, host: HostTime | None, hardware: str = "a800x8", **cut: int
+        policy: str, engine: Engine | None, hardware: str = "a800x8", **cut: int
     ) -> Deployment:
-        """8 A800 unless told otherwise, cut as the policy is at its best. With a host time of their
-        own, engines launch no step ahead: those that were published did not.
-        """
+        """8 A800 unless told otherwise, cut as the policy is at its best."""
+        host = None if engine is None else engine.host
         found = deploy(hardware, "llama2-7b", layout=policy_layout(policy), host=host, **cut)
-        return (
-            found if host is None else replace(found, limits=replace(found.limits, steps_ahead=0))
-        )
+        return found if engine is None else engine.applied(found)
 
     def variants(self, policy: str, workload: str, mode: str) -> list[str]:
         """A policy with the chunk sizes to try."""
@@ -196,22 +228,26 @@ class Paper:
 
     def latency(self, workload: str, rate: float) -> float:
         """LoongServe's mean latency at a rate [ms/token]."""
-        deployment = self.deployment("loongserve", LOONGSERVE_HOST)
+        deployment = self.deployment("loongserve", WITHIN_LOONGSERVE)
         return mean_ms(self.jobs(workload, rate), "loongserve", deployment)
 
     def maximum(self, policy: str, workload: str, mode: str) -> float:
         """The highest rate whose mean latency is within the limit; the best chunk size's."""
-        host = self.host(policy, mode)
+        engine = self.engine(policy, mode)
         return max(
-            maximum_rate(self.jobs(workload), name, self.deployment(name, host), LIMITS[workload])
+            maximum_rate(self.jobs(workload), name, self.deployment(name, engine), LIMITS[workload])
             for name in self.variants(policy, workload, mode)
         )
 
     def goodput(self, policy: str, workload: str, mode: str) -> float:
-        """P90 goodput, every class at 90 % where the comparison is fair."""
-        host, found = self.host(policy, mode), []
+        """P90 goodput, every class at 90 % where the comparison is fair. The paper ran what it
+        compared with here within LoongServe.
+        """
+        engine, found = self.engine(policy, mode), []
+        if engine is not None and policy in ZIPF:
+            engine = WITHIN_LOONGSERVE
         for name in self.variants(policy, workload, mode):
-            deployment = self.deployment(name, host)
+            deployment = self.deployment(name, engine)
             good = find_goodput(
                 self.jobs(workload),
                 deployment,
@@ -286,7 +322,7 @@ class Paper:
                 make=lambda p=policy, c=cut: maximum_rate(
                     self.jobs("mixed"),
                     p,
-                    self.deployment(p, self.host(p, "published"), "a800x16", **c),
+                    self.deployment(p, self.engine(p, "published"), "a800x16", **c),
                     LIMITS["mixed"],
                 ),
             )

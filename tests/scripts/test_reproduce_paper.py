@@ -9,7 +9,15 @@ import pytest
 
 from loongjax.simulator import draw_jobs, fluid_rate
 from scripts import reproduce_paper
-from scripts.reproduce_paper import Cell, Paper, main, maximum_rate, saturated_rate
+from scripts.reproduce_paper import (
+    WITHIN_LOONGSERVE,
+    Cell,
+    Engine,
+    Paper,
+    main,
+    maximum_rate,
+    saturated_rate,
+)
 
 
 def test_overheads_are_written_as_a_table_and_a_picture(tmp_path, capsys):
@@ -65,5 +73,34 @@ def test_maximum_rate_is_where_the_limit_is_crossed(monkeypatch):
 
 @pytest.mark.parametrize("mode", ["published", "fair"])
 def test_loongserve_is_calibrated_only_where_that_is_said(tmp_path, mode):
-    host = Paper(tmp_path, 10, 0).host("loongserve", mode)
-    assert (host is None) == (mode == "fair")
+    engine = Paper(tmp_path, 10, 0).engine("loongserve", mode)
+    assert engine == (None if mode == "fair" else WITHIN_LOONGSERVE)
+
+
+def test_a_step_time_below_zero_makes_steps_with_decodes_faster():
+    """Of an engine whose published rate is higher than the cost model allows."""
+    slow, fast = (
+        Paper.deployment("chunked_prefill", Engine.of_step(seconds)) for seconds in (0.002, -0.004)
+    )
+    assert (slow.cost.host.step_s, fast.cost.host.step_s) == (0.002, 0.0)
+    constants = [d.cost.prefill_fit(1).resumed_constant_s for d in (slow, fast)]
+    assert constants[0] - constants[1] == pytest.approx(0.004)
+    assert fast.limits.steps_ahead == 0
+
+
+def test_what_the_paper_ran_within_loongserve_has_its_host(tmp_path, monkeypatch):
+    engines = []
+
+    def record(policy, engine, *rest, **cut):
+        engines.append(engine)
+        raise InterruptedError
+
+    monkeypatch.setattr(Paper, "deployment", staticmethod(record))
+    with pytest.raises(InterruptedError):
+        Paper(tmp_path, 10, 0).goodput("tp", "zipf:1.0", "fair")
+    monkeypatch.setattr(Paper, "value", lambda self, cell: 0.1)
+    with pytest.raises(InterruptedError):
+        Paper(tmp_path, 10, 0).goodput("tp", "zipf:1.0", "published")
+    with pytest.raises(InterruptedError):
+        Paper(tmp_path, 10, 0).goodput("chunked_prefill", "zipf:1.0", "published")
+    assert engines == [None, WITHIN_LOONGSERVE, Engine.of_step(0.1)]
