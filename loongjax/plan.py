@@ -103,6 +103,7 @@ class RequestView:
       priority: Higher is served earlier.
       last_seq: The newest step that computed for it, or None before the first; a
         `MigrateStep` does not.
+      first_token: When its first token was on the host [s, engine clock], or None before that.
     """
 
     id: RequestId
@@ -118,6 +119,7 @@ class RequestView:
     deadline: float | None = None
     priority: int = 0
     last_seq: int | None = None
+    first_token: float | None = None
 
     @property
     def length(self) -> int:
@@ -183,6 +185,7 @@ class Snapshot:
       instances: Every instance, by id.
       in_flight: Requests that a submitted, unfinished step works on.
       topology: The groups that exist.
+      flights: The steps in flight, by seq; those on one group run one after the other.
     """
 
     version: int
@@ -195,6 +198,7 @@ class Snapshot:
     instances: tuple[InstanceView, ...]
     in_flight: frozenset[RequestId]
     topology: Topology
+    flights: tuple[Flight, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -282,6 +286,13 @@ class MigrateStep:
 
 
 Step: TypeAlias = PrefillStep | DecodeStep | MigrateStep
+
+
+class Flight(NamedTuple):
+    """A step in flight, and when it was launched [s, engine clock]."""
+
+    step: Step
+    launched: float
 
 
 class Rejection(NamedTuple):

@@ -118,6 +118,7 @@ class Request:
                 deadline=request.deadline,
                 priority=request.priority,
                 last_seq=self.last_seq,
+                first_token=self.first_token,
             )
         return self._view
 

@@ -17,6 +17,7 @@ from loongjax.kvcache import BlockAllocator
 from loongjax.kvcache.messages import SlotPlan
 from loongjax.plan import (
     DecodeStep,
+    Flight,
     Group,
     InstanceId,
     InstanceView,
@@ -59,6 +60,7 @@ class State:
         )
         self.open: dict[RequestId, Request] = {}
         self.flying: dict[int, Step] = {}
+        self._launched: dict[int, float] = {}
         self._views = Views()
         self._in_flight: set[RequestId] = set()
         self._masked: set[RequestId] = set()  # open ones whose next token is up to the host
@@ -106,6 +108,7 @@ class State:
         if isinstance(step, PrefillStep):
             self._prefill_seq.update(dict.fromkeys(step.group, step.seq))
         self.flying[seq] = step
+        self._launched[seq] = time
         self._next_seq = seq + 1
         self._version += 1
         return slots
@@ -115,6 +118,7 @@ class State:
         another step works on them still.
         """
         step = self.flying.pop(seq)
+        del self._launched[seq]
         self._version += 1
         ended, stale, requests = [], self._views.stale, self.open
         for name in step_requests(step):
@@ -219,6 +223,7 @@ class State:
         self._masked.clear()
         self._ending.clear()
         self.flying.clear()
+        self._launched.clear()
         self.snapshot()
 
     def snapshot(self) -> Snapshot:
@@ -237,6 +242,7 @@ class State:
             instances=self._instances,
             in_flight=frozenset(self._in_flight),
             topology=self._topology,
+            flights=tuple([Flight(s, self._launched[seq]) for seq, s in self.flying.items()]),
         )
         return self.published
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 from loongjax.costmodel.protocol import CostModel
 from loongjax.errors import ConfigError
 from loongjax.scheduler.policies.disaggregated import Disaggregated
+from loongjax.scheduler.policies.elastic import Elastic
 from loongjax.scheduler.policies.first_come import FirstCome
 from loongjax.scheduler.policies.fixed_groups import FixedGroups
 from loongjax.scheduler.policies.loongserve import LoongServe
@@ -32,6 +33,7 @@ class _Entry:
 _POLICIES = {
     "chunked_prefill": _Entry(partial(FixedGroups, chunk=2048), FixedGroups, "one"),
     "disaggregated": _Entry(Disaggregated, Disaggregated, "halves"),
+    "elastic": _Entry(Elastic, Elastic),
     "first_come": _Entry(lambda cost, **settings: FirstCome(**settings), FirstCome),
     "loongserve": _Entry(LoongServe, LoongServe),
     "replicated": _Entry(partial(FixedGroups, degree="smallest"), FixedGroups),

@@ -1,0 +1,455 @@
+"""Prototype: steps that carry decodes and parts of prompts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from loongjax.costmodel.protocol import ChunkWork, DecodeWork
+from loongjax.plan import (
+    Chunk,
+    DecodeStep,
+    Group,
+    InstanceId,
+    MigrateStep,
+    Placement,
+    PrefillStep,
+    RequestView,
+    Share,
+)
+from loongjax.scheduler.dispatch import Prompt, memory_allows
+from loongjax.scheduler.policies.worktable import Worktable
+from loongjax.scheduler.scaling import tokens_in_time
+
+_LOOK = 64
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class Draft:
+    group: Group
+    members: frozenset[InstanceId]
+    riders: list[tuple[RequestView, InstanceId]]
+    works: list[ChunkWork]
+    budget: float
+    plain_s: float
+    chunks: list[tuple[RequestView, int, tuple[Share, ...]]] = field(default_factory=list)
+
+
+class Mixer:
+    def __init__(self, table: Worktable, setting, now: float) -> None:
+        self._table = table
+        self._set = setting
+        self._cost = setting.cost
+        self._now = now
+        self._drafts: dict[InstanceId, Draft] = {}
+        self.steps: list[PrefillStep | MigrateStep] = []
+        self._blocked = False
+        self._until: dict[InstanceId, float] = {}
+
+    # ---- order
+
+    @cached_property
+    def _line(self) -> list[RequestView]:
+        in_flight = self._table.snapshot.in_flight
+        line = [v for v in self._table.line if v.id not in in_flight]
+        if len(line) > 1:
+            line.sort(key=self._urgency)
+        return line
+
+    def _urgency(self, view: RequestView):
+        largest = self._table.snapshot.topology.degrees[-1]
+        s = self._set
+        alone = self._cost.prefill(largest, [ChunkWork(view.length, 0)])
+        left = max(1, view.uncomputed)
+        rest = alone if not view.computed else self._cost.prefill(largest, [ChunkWork(left, view.computed)])
+        return (-view.priority, view.arrival + max(s.slack_floor_s, s.slack_factor * alone) - rest)
+
+    def anyone_waits(self) -> bool:
+        table = self._table
+        busy = table.snapshot.in_flight
+        return bool(table.preempted) or any(
+            v.id not in table.placed for v in self._line
+        )
+
+    # ---- facts
+
+    def _alone1(self, tokens: int) -> float:
+        return self._cost.prefill(1, [ChunkWork(tokens, 0)])
+
+    def _is_long(self, view: RequestView) -> bool:
+        return len(view.homes) > 1 or (not view.kv and self._alone1(view.length) > self._set.chunk_s)
+
+    @cached_property
+    def _in_time(self) -> int:
+        return tokens_in_time(self._set.decode_s, self._table.snapshot.max_chunk_tokens, self._cost)
+
+    @cached_property
+    def _ends(self) -> dict[InstanceId, float]:
+        """When busy instances are idle, about [s from now]."""
+        found: dict[InstanceId, float] = {}
+        for step, launched in self._table.snapshot.flights:
+            group = step.group
+            begin = max([launched - self._now, *(found.get(i, -math.inf) for i in group)])
+            k = len(group)
+            if isinstance(step, PrefillStep):
+                seconds = self._cost.prefill(k, [ChunkWork(c.length, c.start) for c in step.chunks])
+            elif isinstance(step, MigrateStep):
+                seconds = self._cost.migrate(sum(m.tokens for m in step.moves))
+            else:
+                seconds = self._cost.decode(k, DecodeWork(len(step.rows), self._kv_on(group), k))
+            for i in group:
+                found[i] = begin + seconds
+        return found
+
+    def _kv_on(self, group: Group) -> int:
+        t = self._table
+        return sum(t.capacity[i] - t.free[i] for i in group) * t.snapshot.block_size
+
+    @cached_property
+    def _slack(self) -> dict[InstanceId, float]:
+        """By idle instance: when somebody there should have its next token [s from now]."""
+        found: dict[InstanceId, float] = {}
+        for view in self._table.near:
+            first = self._now if view.first_token is None else view.first_token
+            slack = first + self._set.decode_s * max(1, view.generated) - self._now
+            for share in view.kv:
+                if slack < found.get(share[0], math.inf):
+                    found[share[0]] = slack
+        return found
+
+    @cached_property
+    def _rows_on(self) -> dict[InstanceId, list[RequestView]]:
+        found: dict[InstanceId, list[RequestView]] = {}
+        for view in self._table.near:
+            for share in view.kv:
+                found.setdefault(share[0], []).append(view)
+        return found
+
+    # ---- seating
+
+    def seat(self) -> None:
+        table = self._table
+        line = self._line[:_LOOK]
+        if not line:
+            return
+        self._begun_longs = [v for v in line if v.kv and len(v.homes) >= 1 and v.uncomputed > 1]
+        # rendezvous and drafts for prompts that are begun
+        for view in self._begun_longs:
+            self._open_for(view)
+        new_stopped = False
+        for view in line:
+            if view.kv:
+                draft = self._drafts.get(next(iter(view.homes)))
+                if draft is not None and view.homes <= draft.members:
+                    self._add(draft, view, sorted(view.homes))
+                continue
+            if new_stopped:
+                continue
+            if not self._has_memory(view):
+                new_stopped = True
+                continue
+            if self._is_long(view):
+                self._begin_long(view)
+            else:
+                self._begin_short(view)
+        self._emit()
+
+    def _has_memory(self, view: RequestView) -> bool:
+        table = self._table
+        growth = view.max_tokens - view.generated - 1
+        if table.headroom is not None:
+            growth = min(growth, table.headroom)
+        prompt = Prompt(view.length, growth, table.blocks(view.length + growth))
+        if prompt.blocks > sum(table.free):
+            return False
+        return table.has_plenty(prompt.blocks) or memory_allows([prompt], table.pool(table.everything)) == 1
+
+    # ---- drafts
+
+    def _open_for(self, view: RequestView) -> None:
+        homes = view.homes
+        if any(i in self._drafts for i in homes):
+            return
+        idle = self._table.idle
+        if homes <= idle:
+            self._open(tuple(sorted(homes)))
+            return
+        self._meet(homes)
+
+    def _meet(self, homes: frozenset[InstanceId]) -> None:
+        """Idle ones of these do nothing that lasts longer than until the others are idle."""
+        idle = self._table.idle
+        wait = max((self._ends.get(i, 0.0) for i in homes if i not in idle), default=0.0)
+        for i in homes:
+            if i not in self._drafts and i not in self._until:
+                self._until[i] = max(wait, 0.0)
+
+    def _open(self, group: Group) -> Draft | None:
+        table = self._table
+        cover = table.cover(frozenset(group), frozenset(table.idle))
+        if cover is None:
+            return None
+        group = cover
+        members = frozenset(group)
+        k = len(group)
+        rows, blockers = [], []
+        seen = set()
+        for i in group:
+            for view in self._rows_on.get(i, ()):
+                if view.id in seen or view.id in table.preempted:
+                    continue
+                seen.add(view.id)
+                (rows if view.homes <= members else blockers).append(view)
+        budget = self._set.chunk_s
+        slack = min((self._slack[i] for i in group if i in self._slack), default=None)
+        if slack is not None:
+            budget = min(budget, max(slack, self._set.decode_s))
+        until = min((self._until[i] for i in group if i in self._until), default=None)
+        if until is not None:
+            budget = min(budget, until)
+        draft = Draft(group=group, members=members, riders=[], works=[], budget=budget, plain_s=0.0)
+        if len(rows) > table.snapshot.max_rows * k:
+            return None
+        kv = longest = 0
+        load = dict.fromkeys(group, 0)
+        free = {i: table.free[i] for i in group}
+        for view in rows:
+            if view.tail is not None:
+                home = view.tail[0]
+            else:
+                home = max(group, key=lambda i: (i in view.homes, free[i]) if free[i] else (False, -1))
+                if not free[home]:
+                    continue
+                free[home] -= 1
+            draft.riders.append((view, home))
+            fullest = max(s[1] for s in view.kv) * k
+            draft.works.append(ChunkWork(1, max(view.computed, fullest)))
+            for i, n in view.kv:
+                load[i] += n
+            longest = max(longest, fullest)
+        if draft.riders:
+            draft.plain_s = self._cost.decode(
+                k, DecodeWork(len(draft.riders), max(load.values()) * k, min(k, len(draft.riders)), longest)
+            )
+        for i in group:
+            taken = table.free[i] - free[i]
+            if taken:
+                table.free[i] -= taken
+        for i in group:
+            self._drafts[i] = draft
+        table.claim(group)
+        return draft
+
+    def _time(self, draft: Draft, *more: ChunkWork) -> float:
+        works = [*draft.works, *more]
+        return self._cost.prefill(len(draft.group), works) if works else 0.0
+
+    def _work(self, draft: Draft, view: RequestView, tokens: int) -> ChunkWork:
+        k = len(draft.group)
+        fullest = max((s[1] for s in view.kv), default=0) * k
+        return ChunkWork(tokens, max(view.computed, fullest))
+
+    def _fit(self, draft: Draft, view: RequestView) -> int:
+        """Tokens of a prompt that fit into a step."""
+        table = self._table
+        k = len(draft.group)
+        room = table.snapshot.max_chunk_tokens * k - sum(-(-w.tokens // k) * k for w in draft.works)
+        most = min(max(1, view.uncomputed), room)
+        if most < 1 or len(draft.works) >= table.snapshot.max_rows * k:
+            return 0
+        budget = draft.budget
+        if self._time(draft, self._work(draft, view, most)) <= budget:
+            return most
+        one = self._time(draft, self._work(draft, view, 1))
+        if one >= budget:
+            return 0
+        low, high = 1, most
+        while high - low > max(16, low // 32):
+            mid = (low + high) // 2
+            if self._time(draft, self._work(draft, view, mid)) <= budget:
+                low = mid
+            else:
+                high = mid
+        # worth it?
+        fixed = one - (self._time(draft) if draft.chunks else draft.plain_s)
+        useful = self._time(draft, self._work(draft, view, low)) - one
+        if draft.riders or draft.chunks or draft.budget < self._set.chunk_s:
+            if useful < self._set.waste * fixed:
+                return 0
+        return low
+
+    def _add(self, draft: Draft, view: RequestView, homes: Sequence[InstanceId]) -> int:
+        table = self._table
+        tokens = self._fit(draft, view)
+        size = table.snapshot.block_size
+        tail = 0 if view.tail is None else view.tail.tokens
+        room = tail + sum(table.free[i] for i in homes) * size
+        if room < min(tokens, view.uncomputed) and room < tokens:
+            homes = list(draft.group)
+            room = tail + sum(table.free[i] for i in homes) * size
+        tokens = min(tokens, room)
+        if tokens < 1:
+            return 0
+        shares, taken = self._spread(view, homes, tokens)
+        draft.chunks.append((view, tokens, shares))
+        draft.works.append(self._work(draft, view, tokens))
+        kv = dict(view.kv)
+        for i, kept in shares:
+            kv[i] = kv.get(i, 0) + kept
+        after = replace(
+            view, computed=view.computed + tokens, kv=tuple(Share(i, kv[i]) for i in sorted(kv))
+        )
+        table.place(after, taken.items(), new=not view.kv)
+        return tokens
+
+    def _spread(self, view, homes, tokens):
+        """Evenly over its homes, as many tokens of it on each as can be."""
+        table = self._table
+        size = table.snapshot.block_size
+        tail = 0 if view.tail is None else view.tail.tokens
+        blocks = -(-max(0, tokens - tail) // size)
+        held = dict(view.kv)
+        # levels: fill those that hold least
+        total = sum(held.get(i, 0) for i in homes) + blocks * size
+        level = total / len(homes)
+        taken: dict[InstanceId, int] = {}
+        left = blocks
+        order = sorted(homes, key=lambda i: held.get(i, 0))
+        for n, i in enumerate(order):
+            want = max(0, round((level - held.get(i, 0)) / size))
+            got = min(want, table.free[i], left)
+            taken[i] = got
+            left -= got
+        for i in sorted(homes, key=lambda i: -table.free[i]):
+            if not left:
+                break
+            more = min(left, table.free[i] - taken[i])
+            taken[i] += more
+            left -= more
+        taken = {i: n for i, n in taken.items() if n}
+        kept = {i: n * size for i, n in taken.items()}
+        first = None
+        if view.tail is not None:
+            first = view.tail[0]
+            kept[first] = kept.get(first, 0) + view.tail[1]
+        order2 = sorted(kept, key=lambda i: (i != first, table.free[i] - taken.get(i, 0), i))
+        shares = [Share(i, kept[i]) for i in order2]
+        surplus = sum(kept.values()) - tokens
+        shares[-1] = Share(shares[-1].instance, shares[-1].tokens - surplus)
+        return tuple(s for s in shares if s.tokens), taken
+
+    # ---- new prompts
+
+    def _begin_short(self, view: RequestView) -> None:
+        table = self._table
+        need = table.blocks(view.length) + 1
+        best = None
+        seen = set()
+        for draft in self._drafts.values():
+            if id(draft) in seen or len(draft.group) > 1:
+                continue
+            seen.add(id(draft))
+            home = max(draft.group, key=lambda i: table.free[i])
+            if table.free[home] < need:
+                continue
+            left = draft.budget - self._time(draft)
+            if left > 0.0 and (best is None or left > best[0]):
+                best = (left, draft, home)
+        longs = self._long_homes
+        idle = [i for i in table.idle if table.free[i] >= need and (i not in self._until or self._until[i] > self._set.decode_s)]
+        if idle:
+            i = min(idle, key=lambda i: (i in longs, len(self._rows_on.get(i, ())), -table.free[i]))
+            draft = self._open((i,))
+            if draft is not None and self._add(draft, view, [i]):
+                return
+        if best is not None:
+            if self._add(best[1], view, [best[2]]):
+                return
+        for draft in {id(d): d for d in self._drafts.values()}.values():
+            home = max(draft.group, key=lambda i: table.free[i])
+            if len(draft.group) > 1 and table.free[home] >= need and self._add(draft, view, [home]):
+                return
+
+    @cached_property
+    def _long_homes(self) -> set[InstanceId]:
+        found: set[InstanceId] = set()
+        for view in self._table.begun:
+            if self._alone1(view.length) > self._set.chunk_s and view.uncomputed > 1:
+                found |= view.homes
+        return found
+
+    def _begin_long(self, view: RequestView) -> None:
+        table = self._table
+        topology = table.snapshot.topology
+        n = view.length
+        everything = len(table.free)
+        blocks = table.blocks(table.granted(view))
+        least = max(-(-n // self._in_time) if n <= self._in_time * everything else everything,
+                    -(-blocks // max(table.capacity)))
+        least = min(least, everything)
+        work = self._alone1(n)
+        want = least
+        for k in topology.degrees:
+            if self._cost.prefill(k, [ChunkWork(1, 0)]) * k <= 0.15 * work:
+                want = max(want, k)
+        kept = 1 if any(len(v.kv) == 1 for v in table.snapshot.running) or any(
+            not self._is_long(v) for v in self._line[:_LOOK] if not v.kv) else 0
+        want = max(least, min(want, everything - kept))
+        longs = self._long_homes
+        pool = [i for i in table.everything if i not in longs]
+        if len(pool) - kept < least:
+            pool = list(table.everything)
+        k = max(least, min(want, len(pool) - kept))
+        k = next((d for d in topology.degrees if d >= k), topology.degrees[-1])
+        order = sorted(pool, key=lambda i: (i not in table.idle and i not in self._drafts, len(self._rows_on.get(i, ())), -table.free[i], i))
+        order = [i for i in order if table.free[i] * k >= blocks] or order
+        group = tuple(sorted(order[:k]))
+        if not topology.contains(group):
+            return
+        if sum(table.free[i] for i in group) < blocks:
+            return
+        if any(i in self._drafts for i in group):
+            # joins one that has exactly these
+            draft = self._drafts.get(group[0])
+            if draft is not None and frozenset(group) <= draft.members:
+                self._add(draft, view, list(group))
+            return
+        if frozenset(group) <= table.idle:
+            draft = self._open(group)
+            if draft is not None:
+                self._add(draft, view, list(group))
+        else:
+            self._meet(frozenset(group))
+
+    # ---- steps
+
+    def _emit(self) -> None:
+        table = self._table
+        seq = table.snapshot.next_seq
+        gone = set()
+        for draft in {id(d): d for d in self._drafts.values()}.values():
+            if not draft.chunks:
+                for view, home in draft.riders:
+                    if view.tail is None:
+                        table.free[home] += 1
+                table.idle.update(draft.group)
+                continue
+            chunks, keep = [], []
+            for view, home in draft.riders:
+                chunks.append(Chunk(request=view.id, start=view.computed, length=1, last=True))
+                keep.append(Placement(request=view.id, shares=(Share(home, 1),)))
+                gone.add(view.id)
+            for view, tokens, shares in draft.chunks:
+                end = view.computed + tokens
+                chunks.append(Chunk(request=view.id, start=view.computed, length=tokens, last=end == view.length))
+                keep.append(Placement(request=view.id, shares=shares))
+            self.steps.append(
+                PrefillStep(seq=seq + len(self.steps), group=draft.group, chunks=tuple(chunks), keep=tuple(keep))
+            )
+        # those who wait for others do not begin what lasts longer
+        for i, until in self._until.items():
+            if i in table.idle and until < 0.5 * self._set.decode_s:
+                table.idle.discard(i)
+        table.near = [v for v in table.near if v.id not in gone]
