@@ -24,6 +24,7 @@ class Elastic:
     slack_factor: float = 25.0
     slack_floor_s: float = 1.0
     waste: float = 4.0
+    share: float = 0.6
 
     def schedule(self, now: float, snapshot: Snapshot) -> Plan:
         table = Worktable(snapshot, self.headroom)

@@ -10,10 +10,10 @@ from functools import cached_property
 from loongjax.costmodel.protocol import ChunkWork, DecodeWork
 from loongjax.plan import (
     Chunk,
-    DecodeStep,
     Group,
     InstanceId,
     MigrateStep,
+    Move,
     Placement,
     PrefillStep,
     RequestView,
@@ -47,6 +47,7 @@ class Mixer:
         self.steps: list[PrefillStep | MigrateStep] = []
         self._blocked = False
         self._until: dict[InstanceId, float] = {}
+        self._moved: set[str] = set()
 
     # ---- order
 
@@ -135,25 +136,35 @@ class Mixer:
         if not line:
             return
         self._begun_longs = [v for v in line if v.kv and len(v.homes) >= 1 and v.uncomputed > 1]
-        # rendezvous and drafts for prompts that are begun
-        for view in self._begun_longs:
-            self._open_for(view)
-        new_stopped = False
+        self._gather()
+        lane = self._lane
+        long_draft = None
+        if lane and any(self._takes_lane(v) for v in line):
+            if lane <= table.idle:
+                long_draft = self._open(tuple(sorted(lane)))
+            else:
+                self._meet(lane)
+        closed = False
         for view in line:
             if view.kv:
+                if self._takes_lane(view):
+                    if long_draft is not None:
+                        self._add(long_draft, view, sorted(lane))
+                    continue
                 draft = self._drafts.get(next(iter(view.homes)))
+                if draft is None and view.homes <= table.idle:
+                    draft = self._open(tuple(sorted(view.homes)))
                 if draft is not None and view.homes <= draft.members:
                     self._add(draft, view, sorted(view.homes))
                 continue
-            if new_stopped:
+            if closed:
                 continue
             if not self._has_memory(view):
-                new_stopped = True
-                continue
-            if self._is_long(view):
-                self._begin_long(view)
-            else:
+                closed = True
+            elif not self._is_long(view):
                 self._begin_short(view)
+            elif long_draft is not None and self._room_on(lane) >= table.blocks(table.granted(view)):
+                self._add(long_draft, view, sorted(lane))
         self._emit()
 
     def _has_memory(self, view: RequestView) -> bool:
@@ -166,17 +177,70 @@ class Mixer:
             return False
         return table.has_plenty(prompt.blocks) or memory_allows([prompt], table.pool(table.everything)) == 1
 
-    # ---- drafts
+    # ---- gathering
 
-    def _open_for(self, view: RequestView) -> None:
-        homes = view.homes
-        if any(i in self._drafts for i in homes):
+    def _gather(self) -> None:
+        """Moves decodes away from where prompts take long."""
+        table = self._table
+        region = self._lane
+        if not region or not any(self._takes_lane(v) for v in (*self._line, *table.begun)):
             return
-        idle = self._table.idle
-        if homes <= idle:
-            self._open(tuple(sorted(homes)))
+        others = table.everything - region
+        if not others:
             return
-        self._meet(homes)
+        movers = [v for v in table.near if not v.homes.isdisjoint(region) and v.homes <= table.idle]
+        if not movers:
+            return
+        s = self._set
+        moves, group, used = [], set(), None
+        for view in sorted(movers, key=lambda v: v.computed):
+            if view.computed * 2 > self._in_time or view.shared:
+                continue
+            target = self._target(view, others)
+            if target is None:
+                continue
+            if target not in table.idle and target not in group:
+                wait = self._ends.get(target, 0.0)
+                if wait <= s.decode_s:
+                    self._meet(view.homes | {target})
+                continue
+            if used is not None and target != used:
+                continue
+            used = target
+            group |= view.homes | {target}
+            for share in view.kv:
+                if share.instance != target:
+                    moves.append(Move(view.id, share.instance, target, share.tokens))
+            table.free[target] -= sum(table.held_blocks(view, i) for i in view.homes if i != target)
+            self._moved.add(view.id)
+        if not moves:
+            return
+        cover = table.snapshot.topology.smallest_cover(frozenset(group), frozenset(table.idle))
+        if cover is None:
+            return
+        self.steps.append(MigrateStep(seq=table.snapshot.next_seq, group=cover, moves=tuple(moves)))
+        table.claim(cover)
+        table.near = [v for v in table.near if v.id not in self._moved]
+
+    def _target(self, view: RequestView, others: frozenset[InstanceId]) -> InstanceId | None:
+        """Where a decode may move: rows first, if a step there is in time."""
+        table = self._table
+        best = None
+        for i in others:
+            blocks = sum(table.held_blocks(view, h) for h in view.homes if h != i)
+            if table.spare(i) < blocks + 4:
+                continue
+            rows = self._tenants_rows(i)
+            kv = (table.capacity[i] - table.free[i]) * table.snapshot.block_size + view.computed
+            time = self._cost.decode(1, DecodeWork(rows + 1, kv, 1, None))
+            if time > 0.9 * self._set.decode_s:
+                continue
+            key = (i in table.idle, rows)
+            if best is None or key > best[0]:
+                best = (key, i)
+        return None if best is None else best[1]
+
+    # ---- drafts
 
     def _meet(self, homes: frozenset[InstanceId]) -> None:
         """Idle ones of these do nothing that lasts longer than until the others are idle."""
@@ -275,6 +339,8 @@ class Mixer:
         # worth it?
         fixed = one - (self._time(draft) if draft.chunks else draft.plain_s)
         useful = self._time(draft, self._work(draft, view, low)) - one
+        if useful < 0.05 * budget:
+            return 0
         if draft.riders or draft.chunks or draft.budget < self._set.chunk_s:
             if useful < self._set.waste * fixed:
                 return 0
@@ -357,7 +423,7 @@ class Mixer:
             left = draft.budget - self._time(draft)
             if left > 0.0 and (best is None or left > best[0]):
                 best = (left, draft, home)
-        longs = self._long_homes
+        longs = self._lane
         idle = [i for i in table.idle if table.free[i] >= need and (i not in self._until or self._until[i] > self._set.decode_s)]
         if idle:
             i = min(idle, key=lambda i: (i in longs, len(self._rows_on.get(i, ())), -table.free[i]))
@@ -373,55 +439,89 @@ class Mixer:
                 return
 
     @cached_property
-    def _long_homes(self) -> set[InstanceId]:
+    def _region(self) -> frozenset[InstanceId]:
+        """Instances of prompts that take long and are begun."""
         found: set[InstanceId] = set()
         for view in self._table.begun:
-            if self._alone1(view.length) > self._set.chunk_s and view.uncomputed > 1:
+            if view.uncomputed > 1 and self._alone1(view.length) > self._set.chunk_s:
                 found |= view.homes
-        return found
+        return frozenset(found)
 
-    def _begin_long(self, view: RequestView) -> None:
+    @cached_property
+    def _decoders(self) -> int:
+        """Instances that all decodes need, put together."""
         table = self._table
-        topology = table.snapshot.topology
-        n = view.length
+        views = table.snapshot.running
+        if not views:
+            return 1 if any(not self._is_long(v) for v in self._line[:_LOOK] if not v.kv) else 0
         everything = len(table.free)
+        small = [v for v in views if v.computed * 2 <= self._in_time]
+        if not small:
+            return 1 if any(not self._is_long(v) for v in self._line[:_LOOK] if not v.kv) else 0
+        rows, kv = len(small), sum(v.computed for v in small)
+        for m in range(1, everything):
+            n = -(-rows // m)
+            if self._cost.decode(1, DecodeWork(n, kv // m, 1, max(v.computed for v in small))) <= self._set.share * self._set.decode_s:
+                return m
+        return everything - 1
+
+    def _tenants_rows(self, i: InstanceId) -> int:
+        return self._table.tenants(i).rows
+
+    def _takes_lane(self, view: RequestView) -> bool:
+        if not view.kv:
+            return self._is_long(view)
+        return not view.homes.isdisjoint(self._region)
+
+    def _room_on(self, group: frozenset[InstanceId]) -> int:
+        """Blocks of these that nobody who is begun will need."""
+        table = self._table
+        free = sum(table.free[i] for i in group)
+        for view in table.census:
+            if not view.homes.isdisjoint(group):
+                free -= max(0, table.blocks(table.granted(view)) - table.blocks(view.computed))
+        for view in table.placed.values():
+            if not view.homes.isdisjoint(group):
+                free -= max(0, table.blocks(table.granted(view)) - table.blocks(view.computed))
+        return free
+
+    def _wants(self, view: RequestView) -> tuple[int, int]:
+        """Instances that a prompt needs, and those that it can use."""
+        table = self._table
+        everything, n = len(table.free), view.length
         blocks = table.blocks(table.granted(view))
-        least = max(-(-n // self._in_time) if n <= self._in_time * everything else everything,
-                    -(-blocks // max(table.capacity)))
-        least = min(least, everything)
+        least = -(-blocks // max(table.capacity))
+        if n <= self._in_time * everything:
+            least = max(least, -(-n // self._in_time))
         work = self._alone1(n)
-        want = least
-        for k in topology.degrees:
+        want = 1
+        for k in table.snapshot.topology.degrees:
             if self._cost.prefill(k, [ChunkWork(1, 0)]) * k <= 0.15 * work:
                 want = max(want, k)
-        kept = 1 if any(len(v.kv) == 1 for v in table.snapshot.running) or any(
-            not self._is_long(v) for v in self._line[:_LOOK] if not v.kv) else 0
-        want = max(least, min(want, everything - kept))
-        longs = self._long_homes
-        pool = [i for i in table.everything if i not in longs]
-        if len(pool) - kept < least:
-            pool = list(table.everything)
-        k = max(least, min(want, len(pool) - kept))
-        k = next((d for d in topology.degrees if d >= k), topology.degrees[-1])
-        order = sorted(pool, key=lambda i: (i not in table.idle and i not in self._drafts, len(self._rows_on.get(i, ())), -table.free[i], i))
-        order = [i for i in order if table.free[i] * k >= blocks] or order
-        group = tuple(sorted(order[:k]))
-        if not topology.contains(group):
-            return
-        if sum(table.free[i] for i in group) < blocks:
-            return
-        if any(i in self._drafts for i in group):
-            # joins one that has exactly these
-            draft = self._drafts.get(group[0])
-            if draft is not None and frozenset(group) <= draft.members:
-                self._add(draft, view, list(group))
-            return
-        if frozenset(group) <= table.idle:
-            draft = self._open(group)
-            if draft is not None:
-                self._add(draft, view, list(group))
-        else:
-            self._meet(frozenset(group))
+        return min(least, everything), want
+
+    @cached_property
+    def _lane(self) -> frozenset[InstanceId]:
+        """Instances for prompts that take long."""
+        table = self._table
+        region = self._region
+        longs = [v for v in self._line[:_LOOK] if self._takes_lane(v)]
+        if not longs and not region:
+            return region
+        everything = len(table.free)
+        kept = self._decoders
+        size = len(region)
+        for view in longs:
+            least, want = self._wants(view)
+            size = max(size, least, min(want, everything - kept))
+        order = sorted(table.everything, key=lambda i: (i not in region, self._tenants_rows(i), -table.free[i], i))
+        topology = table.snapshot.topology
+        size = next((d for d in topology.degrees if d >= size), topology.degrees[-1])
+        group = tuple(sorted(order[:size]))
+        if topology.contains(group):
+            return frozenset(group)
+        cover = topology.smallest_cover(region or frozenset(order[:1]), None, size)
+        return frozenset(cover or ())
 
     # ---- steps
 
