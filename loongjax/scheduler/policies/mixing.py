@@ -509,7 +509,7 @@ class Mixer:
         if not longs and not region:
             return region
         everything = len(table.free)
-        kept = self._decoders
+        kept = max(1, self._decoders) if everything > 1 else 0
         size = len(region)
         for view in longs:
             least, want = self._wants(view)
