@@ -74,6 +74,10 @@ class Mixer:
             v.id not in table.placed for v in self._line
         )
 
+    @cached_property
+    def _overdue(self) -> bool:
+        return bool(self._line) and self._urgency(self._line[0])[1] < self._now
+
     # ---- facts
 
     def _alone1(self, tokens: int) -> float:
@@ -163,6 +167,8 @@ class Mixer:
                 closed = True
             elif not self._is_long(view):
                 self._begin_short(view)
+            elif self._goes_alone(view):
+                self._begin_short(view, alone=True)
             elif long_draft is not None and self._room_on(lane) >= table.blocks(table.granted(view)):
                 self._add(long_draft, view, sorted(lane))
         self._emit()
@@ -269,7 +275,7 @@ class Mixer:
         budget = self._set.chunk_s
         slack = min((self._slack[i] for i in group if i in self._slack), default=None)
         if slack is not None:
-            budget = min(budget, max(slack, self._set.decode_s))
+            budget = min(budget, slack)
         until = min((self._until[i] for i in group if i in self._until), default=None)
         if until is not None:
             budget = min(budget, until)
@@ -297,6 +303,8 @@ class Mixer:
             draft.plain_s = self._cost.decode(
                 k, DecodeWork(len(draft.riders), max(load.values()) * k, min(k, len(draft.riders)), longest)
             )
+        if draft.riders and self._overdue:
+            draft.budget = max(draft.budget, min(self._set.chunk_s, 2.0 * draft.plain_s))
         for i in group:
             taken = table.free[i] - free[i]
             if taken:
@@ -408,7 +416,22 @@ class Mixer:
 
     # ---- new prompts
 
-    def _begin_short(self, view: RequestView) -> None:
+    def _goes_alone(self, view: RequestView) -> bool:
+        """Whether a long prompt may be computed on one instance outside of the lane."""
+        table = self._table
+        if view.length * 2 > self._in_time or not self._lane_is_busy:
+            return False
+        if any(v.kv and len(v.homes) == 1 and not (v.homes & self._lane) for v in table.begun):
+            return False
+        work = self._alone1(view.length)
+        slack = self._urgency(view)[1] - self._now
+        return 3.0 * work < slack
+
+    @cached_property
+    def _lane_is_busy(self) -> bool:
+        return any(self._takes_lane(v) for v in self._table.begun)
+
+    def _begin_short(self, view: RequestView, alone: bool = False) -> None:
         table = self._table
         need = table.blocks(view.length) + 1
         best = None
@@ -424,12 +447,17 @@ class Mixer:
             if left > 0.0 and (best is None or left > best[0]):
                 best = (left, draft, home)
         longs = self._lane
-        idle = [i for i in table.idle if table.free[i] >= need and (i not in self._until or self._until[i] > self._set.decode_s)]
+        if alone:
+            need = 2 * need
+            best = None
+        idle = [i for i in table.idle - (longs if alone else frozenset()) if table.free[i] >= need and (i not in self._until or self._until[i] > self._set.decode_s)]
         if idle:
             i = min(idle, key=lambda i: (i in longs, len(self._rows_on.get(i, ())), -table.free[i]))
             draft = self._open((i,))
             if draft is not None and self._add(draft, view, [i]):
                 return
+        if alone:
+            return
         if best is not None:
             if self._add(best[1], view, [best[2]]):
                 return
@@ -443,7 +471,7 @@ class Mixer:
         """Instances of prompts that take long and are begun."""
         found: set[InstanceId] = set()
         for view in self._table.begun:
-            if view.uncomputed > 1 and self._alone1(view.length) > self._set.chunk_s:
+            if view.uncomputed > 1 and len(view.kv) > 1:
                 found |= view.homes
         return frozenset(found)
 
