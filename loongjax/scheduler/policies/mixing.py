@@ -276,9 +276,6 @@ class Mixer:
         slack = min((self._slack[i] for i in group if i in self._slack), default=None)
         if slack is not None:
             budget = min(budget, slack)
-        until = min((self._until[i] for i in group if i in self._until), default=None)
-        if until is not None:
-            budget = min(budget, until)
         draft = Draft(group=group, members=members, riders=[], works=[], budget=budget, plain_s=0.0)
         if len(rows) > table.snapshot.max_rows * k:
             return None
@@ -305,6 +302,8 @@ class Mixer:
             )
         if draft.riders and self._overdue:
             draft.budget = max(draft.budget, min(self._set.chunk_s, 2.0 * draft.plain_s))
+        until = min((self._until[i] for i in group if i in self._until), default=math.inf)
+        draft.budget = min(draft.budget, until)
         for i in group:
             taken = table.free[i] - free[i]
             if taken:
