@@ -27,7 +27,7 @@ from loongjax.plan import DecodeStep, Group, Plan, Snapshot
 from loongjax.scheduler.policies.continuing import groups_to_go_on
 from loongjax.scheduler.policies.prefills import Prefills
 from loongjax.scheduler.policies.seating import Seating
-from loongjax.scheduler.policies.worktable import Worktable, line_key
+from loongjax.scheduler.policies.worktable import Worktable, preempt_last
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,18 +108,8 @@ class LoongServe:
             decodes = seating.steps(snapshot.next_seq + len(prefills.steps), self.cost)
         steps = (*prefills.steps, *decodes)
         if not steps and not table.soon and not table.late:
-            _preempt_last(table)
+            preempt_last(table)
         ahead = frozenset[Group]()
         if not prefills.anyone_waits(now):
             ahead = groups_to_go_on(table, decodes, grows=self.scale_up, cost=self.cost)
         return Plan(steps=steps, preempt=tuple(table.preempted), ahead=ahead)
-
-
-def _preempt_last(table: Worktable) -> None:
-    """Nothing can run and nothing is in flight: the last in line makes room for the others.
-
-    Happens when prompts that were begun elsewhere fill the pool.
-    """
-    last = max(table.census, key=line_key, default=None)
-    if last is not None:
-        table.preempt(last)

@@ -328,6 +328,16 @@ class Worktable:
             self.__dict__.pop(name, None)
 
 
+def preempt_last(table: Worktable) -> None:
+    """Nothing can run and nothing is in flight: the last in line makes room for the others.
+
+    Happens when prompts that were begun elsewhere fill the pool.
+    """
+    last = max(table.census, key=line_key, default=None)
+    if last is not None:
+        table.preempt(last)
+
+
 _NOBODY = Tenants()
 
 

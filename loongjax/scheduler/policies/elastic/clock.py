@@ -1,0 +1,87 @@
+"""Time in one plan of `Elastic`: when tokens are due, and when instances will be idle."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from functools import cached_property
+
+from loongjax.costmodel.protocol import ChunkWork, CostModel, DecodeWork
+from loongjax.plan import (
+    Group,
+    InstanceId,
+    MigrateStep,
+    PrefillStep,
+    RequestView,
+    Step,
+)
+from loongjax.scheduler.policies.worktable import Worktable
+
+_LOST = 16
+"""Who is late by so many tokens will hardly be in time again: it keeps the pace from now on, and
+others do not wait until it has caught up."""
+
+
+class Clock:
+    """See the module.
+
+    Attributes:
+      now: The engine's clock [s].
+      pace_s: The time from token to token that everyone who decodes is to have [s].
+    """
+
+    def __init__(self, table: Worktable, cost: CostModel, now: float, pace_s: float) -> None:
+        self.now = now
+        self.pace_s = pace_s
+        self._table = table
+        self._cost = cost
+
+    def due_in(self, view: RequestView) -> float:
+        """When a request that decodes should have its next token [s from now].
+
+        Each is due `pace_s` after the one before, counted from the first. So the mean time from
+        token to token is kept wherever the answer ends, and who is ahead can wait for a chunk.
+        """
+        first = self.now if view.first_token is None else view.first_token
+        due = first + self.pace_s * max(1, view.generated) - self.now
+        return due if due > -_LOST * self.pace_s else self.pace_s
+
+    @cached_property
+    def due_on(self) -> dict[InstanceId, float]:
+        """When the first of those who decode on idle instances is due there [s from now]."""
+        found: dict[InstanceId, float] = {}
+        for view in self._table.near:
+            due = self.due_in(view)
+            for share in view.kv:
+                if due < found.get(share[0], math.inf):
+                    found[share[0]] = due
+        return found
+
+    @cached_property
+    def idle_in(self) -> dict[InstanceId, float]:
+        """When busy instances will be idle, about [s from now]."""
+        found: dict[InstanceId, float] = {}
+        for step, launched in self._table.snapshot.flights:
+            begins = max(launched - self.now, *(found.get(i, -math.inf) for i in step.group))
+            ends = max(0.0, begins + self._seconds(step))
+            found.update(dict.fromkeys(step.group, ends))
+        return found
+
+    def _seconds(self, step: Step) -> float:
+        """How long a step in flight takes in all; KV is taken to lie evenly."""
+        degree = len(step.group)
+        if isinstance(step, PrefillStep):
+            return self._cost.prefill(degree, [ChunkWork(c.length, c.start) for c in step.chunks])
+        if isinstance(step, MigrateStep):
+            sent = Counter[InstanceId]()
+            for move in step.moves:
+                sent[move.source] += move.tokens
+            return self._cost.migrate(max(sent.values()))
+        rows = len(step.rows)
+        return self._cost.decode(degree, DecodeWork(rows, self._held(step.group), degree))
+
+    def _held(self, group: Group) -> int:
+        """KV tokens on a group."""
+        table = self._table
+        blocks = sum([table.capacity[i] - table.free[i] for i in group])
+        return blocks * table.snapshot.block_size

@@ -1,0 +1,249 @@
+"""A step that is being made: parts of prompts, and everyone who decodes on its instances.
+
+It may last as long as those who decode there can wait for their next tokens. They ride along, as
+chunks of one token (SplitFuse; Sarathi-Serve, OSDI '24), where that takes less time than a step of
+their own after it; else they wait for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+from loongjax.costmodel.protocol import ChunkWork, CostModel, DecodeWork
+from loongjax.plan import (
+    Chunk,
+    Group,
+    InstanceId,
+    Placement,
+    PrefillStep,
+    RequestView,
+    Share,
+)
+from loongjax.scheduler.policies.retention import in_order
+from loongjax.scheduler.policies.worktable import Worktable
+
+_WORTH = 4.0
+"""A part of a prompt is worth a step if it takes at least so many times as long as what it costs
+besides: the constant part of a step, and reading its history."""
+_LEFTOVER = 0.05
+"""Part of a step's time that is not filled up with less than that."""
+
+
+class FusedStep:
+    """See the module.
+
+    Attributes:
+      group: Where.
+      members: The same as a set.
+      budget: How long it may last [s].
+    """
+
+    def __init__(
+        self,
+        table: Worktable,
+        cost: CostModel,
+        group: Group,
+        riders: Sequence[RequestView],
+        budget: float,
+    ) -> None:
+        """Takes blocks for the next tokens of all `riders`, whose KV lies on the group.
+
+        Who finds none does not ride along.
+        """
+        self.group = group
+        self.members = frozenset(group)
+        self.budget = budget
+        self._table = table
+        self._cost = cost
+        self._riders = [
+            (view, home) for view in riders if (home := self._home(view, table)) is not None
+        ]
+        self._carried = [self._work(view, 1) for view, _ in self._riders]
+        self._chunks: list[tuple[RequestView, int, tuple[Share, ...]]] = []
+        self._works: list[ChunkWork] = []
+        self.decode_s = self._decode_s()
+
+    # ---- who decodes -----------------------------------------------------------------
+
+    def _home(self, view: RequestView, table: Worktable) -> InstanceId | None:
+        """Where a rider's next token is kept; takes the block."""
+        if view.tail is not None:
+            return view.tail.instance
+        free, homes = table.free, view.homes
+        home = max(self.group, key=lambda i: (free[i] > 0, i in homes, free[i], -i))
+        if not free[home]:
+            return None
+        free[home] -= 1
+        return home
+
+    def _decode_s(self) -> float:
+        """What a step of those who decode alone takes [s]."""
+        if not self._riders:
+            return 0.0
+        degree, rows = len(self.group), len(self._riders)
+        held = dict.fromkeys(self.group, 0)
+        for view, _ in self._riders:
+            for instance, tokens in view.kv:
+                held[instance] += tokens
+        longest = max(work.history for work in self._carried)
+        kv = max(held.values()) * degree
+        return self._cost.decode(degree, DecodeWork(rows, kv, min(degree, rows), longest))
+
+    # ---- time ------------------------------------------------------------------------
+
+    def _work(self, view: RequestView, tokens: int) -> ChunkWork:
+        """Its fullest instance decides how long history takes."""
+        fullest = max([share[1] for share in view.kv], default=0)
+        return ChunkWork(tokens, max(view.computed, fullest * len(self.group)))
+
+    def _carries(self, works: Sequence[ChunkWork]) -> bool:
+        """Whether riders go along with these, rather than after them."""
+        if not self._riders:
+            return False
+        degree, cost = len(self.group), self._cost
+        return cost.prefill(degree, [*self._carried, *works]) < self._apart(works)
+
+    def _apart(self, works: Sequence[ChunkWork]) -> float:
+        return self._cost.prefill(len(self.group), works) + self.decode_s
+
+    def _seconds(self, *more: ChunkWork) -> float:
+        """With these besides, and until riders have their tokens."""
+        works = [*self._works, *more]
+        if not works:
+            return self.decode_s
+        if not self._riders:
+            return self._cost.prefill(len(self.group), works)
+        together = self._cost.prefill(len(self.group), [*self._carried, *works])
+        return min(together, self._apart(works))
+
+    @property
+    def left_s(self) -> float:
+        """What is left of its time [s]."""
+        return self.budget - self._seconds()
+
+    # ---- prompts ---------------------------------------------------------------------
+
+    def add(self, view: RequestView, homes: Collection[InstanceId], *, forced: bool = False) -> int:
+        """Adds the next tokens of a prompt, as many as there is time and memory for.
+
+        Args:
+          view: The prompt.
+          homes: Instances of the group that are to keep its KV.
+          forced: Whether it gets on though there is no time for it, by as little as is worth it.
+
+        Returns:
+          How many tokens, maybe none.
+        """
+        tokens = self._fit(view, forced or not (self._riders or self._works))
+        table, size = self._table, self._table.snapshot.block_size
+        tail = 0 if view.tail is None else view.tail.tokens
+        if tail + size * sum([table.free[i] for i in homes]) < tokens:
+            homes = self.group
+            tokens = min(tokens, tail + size * sum([table.free[i] for i in homes]))
+        if tokens < 1:
+            return 0
+        taken = spread(view, homes, table.free, -(-max(0, tokens - tail) // size), size)
+        free = dict(enumerate(table.free))
+        shares = in_order(view, taken, free, tokens, size)
+        self._chunks.append((view, tokens, shares))
+        self._works.append(self._work(view, tokens))
+        kv = dict(view.kv)
+        for instance, kept in shares:
+            kv[instance] = kv.get(instance, 0) + kept
+        after = tuple(Share(instance, kv[instance]) for instance in sorted(kv))
+        placed = replace(view, computed=view.computed + tokens, kv=after)
+        table.place(placed, taken.items(), new=not view.kv)
+        return tokens
+
+    def _fit(self, view: RequestView, forced: bool) -> int:
+        """How many of a prompt's tokens there is time for, if any are worth it."""
+        most = min(max(1, view.uncomputed), self._room())
+        if most < 1:
+            return 0
+
+        def seconds(tokens: int) -> float:
+            return self._seconds(self._work(view, tokens))
+
+        if seconds(most) <= self.budget:
+            return most
+        least_s = seconds(1)
+        fixed = least_s - self._seconds()
+        worth = max(_WORTH * fixed, _LEFTOVER * self.budget)
+        if least_s + worth <= self.budget:
+            return _largest(seconds, self.budget, most)
+        return _largest(seconds, least_s + worth, most) if forced else 0
+
+    def _room(self) -> int:
+        """Tokens that one more chunk may have, as the executor limits steps."""
+        degree, snapshot = len(self.group), self._table.snapshot
+        works = [*self._carried, *self._works]
+        if len(works) >= snapshot.max_rows * degree:
+            return 0
+        padded = sum([-(-work.tokens // degree) for work in works])
+        return (snapshot.max_chunk_tokens - padded) * degree
+
+    # ---- the step --------------------------------------------------------------------
+
+    def finish(self, seq: int) -> PrefillStep | None:
+        """The step; None if there are no prompts in it, so that it is not needed.
+
+        Blocks of riders who do not go along are given back.
+        """
+        carried = bool(self._chunks) and self._carries(self._works)
+        riders = self._riders if carried else []
+        if not carried:
+            for view, home in self._riders:
+                self._table.free[home] += view.tail is None
+            self._riders = []
+        if not self._chunks:
+            return None
+        chunks, keep = [], []
+        every = [(view, 1, (Share(home, 1),)) for view, home in riders] + self._chunks
+        for view, tokens, shares in every:
+            end = view.computed + tokens
+            last = end == view.length
+            chunks.append(Chunk(request=view.id, start=view.computed, length=tokens, last=last))
+            keep.append(Placement(request=view.id, shares=shares))
+        return PrefillStep(seq=seq, group=self.group, chunks=tuple(chunks), keep=tuple(keep))
+
+    @property
+    def riders(self) -> list[RequestView]:
+        """Who rides along, after `finish`."""
+        return [view for view, _ in self._riders]
+
+
+def _largest(seconds, limit, most):  # type: ignore[no-untyped-def]
+    low, high = 1, most + 1
+    while high - low > max(1, low // 32):
+        middle = (low + high) // 2
+        if seconds(middle) <= limit:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def spread(
+    view: RequestView,
+    homes: Collection[InstanceId],
+    free: Sequence[int],
+    blocks: int,
+    block_size: int,
+) -> dict[InstanceId, int]:
+    """New blocks of a request by instance, so that its KV lies as evenly as can be: reading it
+    takes as long as its fullest instance.
+    """
+    held = dict.fromkeys(homes, 0)
+    held.update({share.instance: share.tokens for share in view.kv if share.instance in held})
+    level = (sum(held.values()) + blocks * block_size) / len(held)
+    taken, left = dict.fromkeys(held, 0), blocks
+    for home in sorted(held, key=lambda home: (held[home], home)):
+        wanted = max(0, round((level - held[home]) / block_size))
+        taken[home] = min(wanted, free[home], left)
+        left -= taken[home]
+    for home in sorted(held, key=lambda home: (taken[home] - free[home], home)):
+        more = min(left, free[home] - taken[home])
+        taken[home] += more
+        left -= more
+    return {home: count for home, count in taken.items() if count}

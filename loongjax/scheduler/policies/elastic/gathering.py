@@ -1,0 +1,101 @@
+"""Decodes move away from lanes: who decodes on one would have to get a token in every step of it,
+or hold up its chunks.
+
+A request moves in one piece, to an instance where others decode already, if that still keeps the
+pace. Source and target have to be idle at the same moment; so whoever is idle first does nothing
+that lasts longer than until the other one is (`meetings`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from loongjax.costmodel.protocol import CostModel, DecodeWork
+from loongjax.plan import InstanceId, MigrateStep, Move, RequestId, RequestView
+from loongjax.scheduler.policies.elastic.clock import Clock
+from loongjax.scheduler.policies.elastic.lanes import Lanes
+from loongjax.scheduler.policies.worktable import Worktable
+
+_SPARE_PART = 0.9
+"""Part of the time from token to token that a step may take where a request moves to."""
+
+
+class Gathering:
+    """The moves of one plan.
+
+    Attributes:
+      meetings: Instances that are to be idle together with others, and when [s from now].
+    """
+
+    def __init__(self, table: Worktable, cost: CostModel, clock: Clock, lanes: Lanes) -> None:
+        self._table = table
+        self._cost = cost
+        self._clock = clock
+        self._lanes = lanes
+        self.meetings: dict[InstanceId, float] = {}
+
+    def meet(self, instances: Iterable[InstanceId]) -> None:
+        """Lets idle ones of these wait for the others, unless they wait for somebody already."""
+        wait = max([self._clock.idle_in.get(i, 0.0) for i in instances], default=0.0)
+        for instance in instances:
+            self.meetings.setdefault(instance, wait)
+
+    def move(self, lanes: frozenset[InstanceId], seq: int) -> MigrateStep | None:
+        """Moves whom it can from these instances, all to one."""
+        table = self._table
+        others = table.everything - lanes
+        if not others or not lanes:
+            return None
+        movers = [
+            view
+            for view in table.near
+            if not view.homes.isdisjoint(lanes)
+            and table.idle.issuperset(view.homes)
+            and self._lanes.is_small(view.computed)
+            and not view.shared
+        ]
+        moves: list[Move] = []
+        moved: set[RequestId] = set()
+        touched: frozenset[InstanceId] = frozenset()
+        target: InstanceId | None = None
+        for view in sorted(movers, key=lambda view: (view.computed, view.id)):
+            chosen = self._target(view, others if target is None else frozenset({target}))
+            if chosen is None:
+                continue
+            if chosen not in table.idle:
+                if self._clock.idle_in.get(chosen, 0.0) <= self._clock.pace_s:
+                    self.meet(view.homes | {chosen})
+                continue
+            target, touched = chosen, touched | view.homes | {chosen}
+            moved.add(view.id)
+            for source, tokens in view.kv:
+                if source != chosen:
+                    moves.append(Move(view.id, source, chosen, tokens))
+                    table.free[chosen] -= table.held_blocks(view, source)
+        topology = table.snapshot.topology
+        group = topology.smallest_cover(touched, frozenset(table.idle)) if moves else None
+        if group is None:
+            for move in moves:  # they stay
+                view = next(v for v in movers if v.id == move.request)
+                table.free[move.target] += table.held_blocks(view, move.source)
+            return None
+        table.claim(group)
+        table.near = [view for view in table.near if view.id not in moved]
+        return MigrateStep(seq=seq, group=group, moves=tuple(moves))
+
+    def _target(self, view: RequestView, others: frozenset[InstanceId]) -> InstanceId | None:
+        """Where it decodes in time, with room to grow: an idle one, with most who decode there."""
+        table = self._table
+        size = table.snapshot.block_size
+        grows = table.blocks(table.granted(view)) - table.blocks(view.computed)
+        found: list[tuple[bool, int, int]] = []
+        for instance in others:
+            moved = sum([table.held_blocks(view, home) for home in view.homes if home != instance])
+            if table.spare(instance) < moved + grows:
+                continue
+            rows = table.tenants(instance).rows + 1
+            held = (table.capacity[instance] - table.free[instance] + moved) * size
+            step_s = self._cost.decode(1, DecodeWork(rows, held, 1))
+            if step_s <= _SPARE_PART * self._clock.pace_s:
+                found.append((instance in table.idle, rows, -instance))
+        return -max(found)[2] if found else None

@@ -1,0 +1,93 @@
+"""Beyond LoongServe: prompts in chunks that can be overtaken, and a degree for each of them.
+
+LoongServe's prompts cannot be interrupted, so that a short one waits behind a long one; their order
+is that of arrival; and a prompt that is on its way keeps its instances. Here everything follows
+from two kinds of due times. Whoever decodes has its next token due `decode_s` after the one before,
+counted from its first (`clock`). Whoever waits has its first token due after a multiple of what its
+prompt takes alone (`order`). One plan is made in this order:
+
+1. Requests that decode and have no room left for their next token (`seating`).
+2. Lanes: groups for prompts that take long, while decodes keep instances of their own (`lanes`);
+   decodes that are in their way move to those (`gathering`).
+3. Prompts, the most urgent first (`prompts`), in steps that carry decodes along and last as long as
+   those can wait (`fused`).
+4. All other decodes.
+
+A pure function of the snapshot and the clock. Promises as `LoongServe`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loongjax.costmodel.protocol import CostModel
+from loongjax.errors import ConfigError
+from loongjax.plan import DecodeStep, Group, Plan, Snapshot
+from loongjax.scheduler.policies.continuing import groups_to_go_on
+from loongjax.scheduler.policies.elastic.clock import Clock
+from loongjax.scheduler.policies.elastic.order import Order
+from loongjax.scheduler.policies.elastic.prompts import Prompts
+from loongjax.scheduler.policies.seating import Seating
+from loongjax.scheduler.policies.worktable import Worktable, preempt_last
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Elastic:
+    """The policy. See the module.
+
+    Attributes:
+      cost: Predicts how long steps take.
+      headroom: Tokens beyond the known ones that memory is kept for when a prompt is admitted, for
+        everyone who holds KV; None: all that each may generate. Lower: more requests at once, more
+        of them preempted and computed anew.
+      decode_s: The time from token to token that everyone is to have in the mean [s]; set it a
+        little below the objective. Higher: longer steps, more throughput.
+      chunk_s: How long a step may last at most that computes prompts [s]: whoever comes waits for
+        its end. Higher: constants weigh less, short prompts wait longer.
+      slack_factor, slack_floor_s: A prompt's first token is due so many times what it takes alone
+        on all instances after it came, and after the floor [s] at least. They only order prompts.
+        A higher floor: more prompts are served as they came.
+    """
+
+    cost: CostModel
+    headroom: int | None = 512
+    decode_s: float = 0.045
+    chunk_s: float = 0.3
+    slack_factor: float = 25.0
+    slack_floor_s: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.headroom is not None and self.headroom < 0:
+            raise ConfigError(
+                f"headroom must not be negative, got {self.headroom}; None keeps memory for all "
+                "that a request may generate"
+            )
+        for name in ("decode_s", "chunk_s", "slack_factor"):
+            if not getattr(self, name) > 0.0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        if not self.slack_floor_s >= 0.0:
+            raise ConfigError(f"slack_floor_s must not be negative, got {self.slack_floor_s}")
+
+    def schedule(self, now: float, snapshot: Snapshot) -> Plan:
+        """See `Policy`."""
+        table = Worktable(snapshot, self.headroom)
+        seating = Seating(table, grows=True)
+        decodes: list[DecodeStep] = []
+        if table.idle:
+            seating.seat_the_short()
+        clock = Clock(table, self.cost, now, self.decode_s)
+        degree = snapshot.topology.degrees[-1]
+        order = Order(self.cost, degree, self.slack_factor, self.slack_floor_s)
+        prompts = Prompts(table, self.cost, clock, order, chunk_s=self.chunk_s)
+        if table.idle:
+            prompts.seat()
+            seating.seat_the_rest()
+            seating.grow_for_compute(self.cost)
+            decodes = seating.steps(snapshot.next_seq + len(prompts.steps), self.cost)
+        steps = (*prompts.steps, *decodes)
+        if not steps and not table.soon and not table.late:
+            preempt_last(table)
+        ahead = frozenset[Group]()
+        if not table.preempted and not prompts.anyone_waits:
+            ahead = groups_to_go_on(table, decodes, grows=True, cost=self.cost)
+        return Plan(steps=steps, preempt=tuple(table.preempted), ahead=ahead)

@@ -1,0 +1,234 @@
+"""Prompts in `Elastic`: which ones get on in this plan, where, and by how much.
+
+In the order of their urgency. Short ones go to a single instance, with those who decode there;
+those that take long to a lane. Each step lasts as long as those who decode on its instances can
+wait, and at most `chunk_s`, for that is how long whoever comes next may have to wait.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from loongjax.costmodel.protocol import ChunkWork, CostModel
+from loongjax.plan import Group, InstanceId, MigrateStep, PrefillStep, RequestView
+from loongjax.scheduler.dispatch import Prompt, memory_allows
+from loongjax.scheduler.policies.elastic.clock import Clock
+from loongjax.scheduler.policies.elastic.fused import FusedStep
+from loongjax.scheduler.policies.elastic.gathering import Gathering
+from loongjax.scheduler.policies.elastic.lanes import LaneOf, Lanes
+from loongjax.scheduler.policies.elastic.order import Order
+from loongjax.scheduler.policies.worktable import Worktable
+
+_MOST_PROMPTS = 64
+"""How many are looked at in one plan."""
+_ALONE = 3.0
+"""A prompt that takes long is computed on one instance, beside decodes, if so many times what it
+takes there is left."""
+
+
+class Prompts:
+    """The prompts of one plan, and what is moved for them.
+
+    Attributes:
+      steps: What was decided.
+    """
+
+    def __init__(
+        self,
+        table: Worktable,
+        cost: CostModel,
+        clock: Clock,
+        order: Order,
+        *,
+        chunk_s: float,
+    ) -> None:
+        self._table = table
+        self._cost = cost
+        self._clock = clock
+        self._order = order
+        self._chunk_s = chunk_s
+        in_flight = table.snapshot.in_flight
+        waiting = [view for view in table.line if view.id not in in_flight]
+        self._line = order.first(waiting, _MOST_PROMPTS)
+        self._lanes = Lanes(table, cost, clock.pace_s)
+        self._gathering = Gathering(table, cost, clock, self._lanes)
+        self._open: dict[InstanceId, FusedStep] = {}
+        self.steps: list[PrefillStep | MigrateStep] = []
+
+    @property
+    def anyone_waits(self) -> bool:
+        """Whether a prompt does that this plan does not get on with."""
+        return any(view.id not in self._table.placed for view in self._line)
+
+    def seat(self) -> None:
+        """Makes the steps."""
+        table = self._table
+        longs = [view for view in self._line if self._takes_long(view)]
+        lane_of = self._lanes.choose(longs)
+        self._move(lane_of)
+        for view in table.near:
+            if len(view.kv) > 1 and not table.idle.issuperset(view.homes):
+                self._gathering.meet(view.homes)
+        for view in longs:
+            if view.id in lane_of:
+                self._open_lane(lane_of[view.id])
+        full = False
+        for view in self._line:
+            if view.kv:
+                self._go_on(view, lane_of)
+            elif not full and not self._has_memory(view):
+                full = True  # whoever comes behind does not take what it waits for
+            elif not full:
+                self._begin(view, lane_of)
+        for step in dict.fromkeys(self._open.values()):
+            self._finish(step)
+        pace_s = self._clock.pace_s
+        waits = {i for i, wait in self._gathering.meetings.items() if wait < pace_s / 2}
+        table.idle -= waits
+
+    # ---- who they are ----------------------------------------------------------------
+
+    def _takes_long(self, view: RequestView) -> bool:
+        if view.kv:
+            return not view.homes.isdisjoint(self._lanes.busy)
+        return self._one_s(view) > self._chunk_s
+
+    def _one_s(self, view: RequestView) -> float:
+        """What a prompt takes on one instance [s]."""
+        return self._cost.prefill(1, [ChunkWork(view.length, 0)])
+
+    def _is_overdue(self, view: RequestView) -> bool:
+        return self._order.latest(view) < self._clock.now
+
+    def _has_memory(self, view: RequestView) -> bool:
+        """The memory test of `dispatch`: it and all who hold KV never need more than there is."""
+        table = self._table
+        granted = table.granted(view)
+        prompt = Prompt(view.length, max(0, granted - view.length), table.blocks(granted))
+        if prompt.blocks > sum(table.free):
+            return False
+        plenty = table.has_plenty(prompt.blocks)
+        return plenty or memory_allows([prompt], table.pool(table.everything)) == 1
+
+    # ---- steps -----------------------------------------------------------------------
+
+    def _move(self, lane_of: LaneOf) -> None:
+        lanes = self._lanes.busy.union(*lane_of.values())
+        step = self._gathering.move(lanes, self._table.snapshot.next_seq)
+        if step is not None:
+            self.steps.append(step)
+
+    def _open_lane(self, lane: frozenset[InstanceId]) -> None:
+        """Begins a step on a lane, or lets those of it that are idle wait for the others."""
+        if any(instance in self._open for instance in lane):
+            return
+        if self._table.idle.issuperset(lane):
+            self._open_step(tuple(sorted(lane)))
+        else:
+            self._gathering.meet(lane)
+
+    def _open_step(self, group: Group) -> FusedStep | None:
+        """Begins a step on idle instances."""
+        table, due_on = self._table, self._clock.due_on
+        found = table.cover(frozenset(group), frozenset(table.idle))
+        if found is None:
+            return None
+        members = frozenset(found)
+        riders = [view for view in table.near if members.issuperset(view.homes)]
+        if len(riders) > table.snapshot.max_rows * len(found):
+            return None
+        budget = min(
+            self._chunk_s,
+            *(due_on.get(i, math.inf) for i in found),
+            *(self._gathering.meetings.get(i, math.inf) for i in found),
+        )
+        step = FusedStep(table, self._cost, found, riders, budget)
+        self._open.update(dict.fromkeys(found, step))
+        table.claim(found)
+        return step
+
+    def _finish(self, step: FusedStep) -> None:
+        made = step.finish(self._table.snapshot.next_seq + len(self.steps))
+        if made is None:
+            self._table.idle.update(step.group)
+            return
+        self.steps.append(made)
+        riders = {view.id for view in step.riders}
+        self._table.near = [view for view in self._table.near if view.id not in riders]
+
+    # ---- prompts ---------------------------------------------------------------------
+
+    def _go_on(self, view: RequestView, lane_of: LaneOf) -> None:
+        """The next chunk of a prompt that is begun."""
+        homes = lane_of.get(view.id, view.homes)
+        step = self._open.get(next(iter(view.homes)))
+        if step is None and self._table.idle.issuperset(view.homes):
+            step = self._open_step(tuple(sorted(view.homes)))
+        if step is not None and step.members >= view.homes:
+            homes = homes & step.members
+            step.add(view, homes, forced=self._is_overdue(view))
+
+    def _begin(self, view: RequestView, lane_of: LaneOf) -> None:
+        """The first chunk of a new prompt."""
+        if view.id not in lane_of:
+            self._begin_on_one(view)
+        elif not self._begin_alone(view):
+            lane = lane_of[view.id]
+            step = self._open.get(min(lane))
+            needed = self._table.blocks(self._table.granted(view))
+            if step is not None and step.members >= lane and self._room_on(lane) >= needed:
+                step.add(view, lane, forced=self._is_overdue(view))
+
+    def _room_on(self, lane: frozenset[InstanceId]) -> int:
+        """Blocks of a lane that nobody with KV there may still need."""
+        table = self._table
+        free = sum([table.free[i] for i in lane])
+        for view in (*table.census, *table.placed.values()):
+            if not view.homes.isdisjoint(lane):
+                grown = table.blocks(table.granted(view))
+                free -= max(0, grown - table.blocks(view.computed))
+        return free
+
+    def _begin_alone(self, view: RequestView) -> bool:
+        """Begins a prompt that takes long on one instance beside the lanes, if it has time."""
+        others = self._table.idle - self._lanes.busy
+        if not self._lanes.in_use or not others or not self._lanes.is_small(view.length):
+            return False
+        if any(len(begun.kv) == 1 and begun.uncomputed > 1 for begun in self._table.begun):
+            return False
+        left = self._order.latest(view) - self._clock.now
+        return _ALONE * self._one_s(view) < left and self._begin_on(view, others, spare=2)
+
+    def _begin_on_one(self, view: RequestView) -> bool:
+        """Begins a short prompt: beside the lanes if it can, else along with others there."""
+        idle = self._table.idle
+        beside = idle - self._lanes.busy
+        if self._begin_on(view, beside) or self._begin_on(view, idle - beside):
+            return True
+        steps = sorted(
+            dict.fromkeys(self._open.values()), key=lambda s: (len(s.group), -s.left_s, s.group)
+        )
+        return any(self._join(view, step) for step in steps)
+
+    def _begin_on(self, view: RequestView, idle: Iterable[InstanceId], spare: int = 1) -> bool:
+        """Begins a prompt on one of these, with the fewest who decode."""
+        table = self._table
+        needed = spare * (table.blocks(view.length) + 1)
+        meetings, pace_s = self._gathering.meetings, self._clock.pace_s
+        fitting = [
+            i for i in idle if table.free[i] >= needed and meetings.get(i, math.inf) > pace_s
+        ]
+        if not fitting:
+            return False
+        home = min(fitting, key=lambda i: (table.tenants(i).rows, -table.free[i], i))
+        step = self._open_step((home,))
+        return step is not None and self._join(view, step)
+
+    def _join(self, view: RequestView, step: FusedStep) -> bool:
+        """Adds a new prompt to a step, its KV on one instance."""
+        free = self._table.free
+        home = max(step.group, key=lambda i: (free[i], -i))
+        if free[home] < self._table.blocks(view.length):
+            return False
+        return step.add(view, [home], forced=self._is_overdue(view)) > 0
