@@ -86,9 +86,16 @@ class Lanes:
 
     @cached_property
     def in_use(self) -> list[frozenset[InstanceId]]:
-        """Instances of prompts that are begun on several; those that share any are one lane."""
-        begun = self._table.begun
-        return parts(view.homes for view in begun if view.uncomputed > 1 and len(view.kv) > 1)
+        """Instances of prompts that are begun on several, and of those who decode on several since
+        they hold much; those that share any are one lane.
+        """
+        begun = [view.homes for view in self._table.begun if view.uncomputed > 1]
+        decoding = [
+            view.homes
+            for view in self._table.snapshot.running
+            if len(view.kv) > 1 and not self.is_small(view.computed)
+        ]
+        return parts([homes for homes in begun if len(homes) > 1] + decoding)
 
     @cached_property
     def busy(self) -> frozenset[InstanceId]:
