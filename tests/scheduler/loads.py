@@ -56,8 +56,9 @@ def engine(
     limit: tuple[int, int],
     seed: int,
     failures: float = 0.0,
+    tick: float = 0.0,
 ) -> VirtualEngine:
-    """Steps end in an order drawn from `seed`; that part of them fails."""
+    """Steps end in an order drawn from `seed`, each after `tick` seconds; that part of them fails."""
     order, luck = random.Random(seed), random.Random(seed)
     slow = order.random() < 0.3  # prefill steps take long
 
@@ -75,6 +76,7 @@ def engine(
         max_rows=limit[1],
         pick=pick,
         fail=lambda step: luck.random() < failures,
+        tick=tick,
     )
 
 

@@ -9,6 +9,7 @@ from loongjax.engine.ahead import continue_step
 from loongjax.kvcache import BlockAllocator
 from loongjax.plan import (
     DecodeStep,
+    Flight,
     Group,
     InstanceView,
     MigrateStep,
@@ -35,6 +36,7 @@ class Job:
     priority: int = 0
     generated: int = 0
     last_seq: int | None = None
+    first_token: float | None = None
     served: list[int] = field(default_factory=list)
 
     @property
@@ -44,7 +46,8 @@ class Job:
 
 class VirtualEngine:
     """Plans, checks, and applies; `pick` says which step in flight ends next (of a group, always
-    the first), `fail` whether it fails. `steps_ahead` as in `ExecutorLimits`.
+    the first), `fail` whether it fails. `steps_ahead` as in `ExecutorLimits`. The clock goes on by
+    `tick` whenever a step ends [s].
 
     Attributes:
       plans: Every snapshot with the plan that was made from it.
@@ -66,6 +69,7 @@ class VirtualEngine:
         steps_ahead: int = 1,
         pick: Callable[[Sequence[Step]], int] = lambda steps: 0,
         fail: Callable[[Step], bool] = lambda step: False,
+        tick: float = 0.0,
     ) -> None:
         self.policy = policy
         self.topology = topology
@@ -77,6 +81,8 @@ class VirtualEngine:
         self.steps_ahead = steps_ahead
         self.pick = pick
         self.fail = fail
+        self.tick = tick
+        self.now = 0.0
         self.jobs: dict[str, Job] = {}
         self.flying: list[Step] = []
         self.plans: list[tuple[Snapshot, Plan]] = []
@@ -86,6 +92,7 @@ class VirtualEngine:
         self.fullest = 0
         self.continued = 0
         self._submitted = 0
+        self._launched: dict[int, float] = {}
         self._next_seq = 0
         self._prefill_seq: dict[int, int] = {}
         self._lost: set[str] = set()
@@ -118,13 +125,14 @@ class VirtualEngine:
             instances=tuple(self._instance(i) for i in range(self.topology.instances)),
             in_flight=self._in_flight - self._ended,
             topology=self.topology,
+            flights=tuple(Flight(step, self._launched[step.seq]) for step in self.flying),
         )
 
     def plan(self) -> tuple[Step, ...]:
         """Plans once more than what changed nothing; gives the steps that were launched."""
         while True:
             snapshot = self.snapshot()
-            plan = self.policy.schedule(0.0, snapshot)
+            plan = self.policy.schedule(self.now, snapshot)
             validate(snapshot, plan)
             assert not plan.reject
             self.plans.append((snapshot, plan))
@@ -158,6 +166,7 @@ class VirtualEngine:
         group = self.flying[self.pick(self.flying) % len(self.flying)].group
         step = next(step for step in self.flying if step.group == group)
         self.flying.remove(step)
+        self.now += self.tick
         if step.seq in self._doomed or self.fail(step):
             self._lost |= {name for name in self.jobs if set(group) & set(self.homes(name))}
             self._lost |= set(step_requests(step))
@@ -218,6 +227,7 @@ class VirtualEngine:
             behind = sum(name in step_requests(later) for later in self.flying)
             assert self.allocator.computed(name) == job.length + behind
             job.generated += 1
+            job.first_token = self.now if job.first_token is None else job.first_token
             job.served.append(step.seq)
             if job.generated == job.tokens:
                 self._end(name)
@@ -228,6 +238,7 @@ class VirtualEngine:
         assert step.seq == self._next_seq
         self._next_seq += 1
         self.flying.append(step)
+        self._launched[step.seq] = self.now
         if isinstance(step, MigrateStep):
             self.moved.append(sum(move.tokens for move in step.moves))
         else:
@@ -260,6 +271,7 @@ class VirtualEngine:
             tail=found.tail,
             holes=found.holes,
             last_seq=job.last_seq,
+            first_token=job.first_token,
         )
 
     def _instance(self, instance: int) -> InstanceView:

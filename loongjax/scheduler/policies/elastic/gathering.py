@@ -35,10 +35,10 @@ class Gathering:
         self.meetings: dict[InstanceId, float] = {}
 
     def meet(self, instances: Iterable[InstanceId]) -> None:
-        """Lets idle ones of these wait for the others, unless they wait for somebody already."""
-        wait = max([self._clock.idle_in.get(i, 0.0) for i in instances], default=0.0)
-        for instance in instances:
-            self.meetings.setdefault(instance, wait)
+        """Lets idle ones of these wait for those that are busy, unless they wait already."""
+        waits = [self._clock.idle_in[i] for i in instances if i in self._clock.idle_in]
+        for instance in instances if waits else ():
+            self.meetings.setdefault(instance, max(waits))
 
     def move(self, lanes: frozenset[InstanceId], seq: int) -> MigrateStep | None:
         """Moves whom it can from these instances, all to one."""

@@ -73,20 +73,22 @@ class Elastic:
         table = Worktable(snapshot, self.headroom)
         seating = Seating(table, grows=True)
         decodes: list[DecodeStep] = []
-        if table.idle:
-            seating.seat_the_short()
+        anyone_idle = bool(table.idle)
+        seating.seat_the_short()
         clock = Clock(table, self.cost, now, self.decode_s)
         degree = snapshot.topology.degrees[-1]
         order = Order(self.cost, degree, self.slack_factor, self.slack_floor_s)
         prompts = Prompts(table, self.cost, clock, order, chunk_s=self.chunk_s)
-        if table.idle:
+        if anyone_idle:
             prompts.seat()
             seating.seat_the_rest()
             seating.grow_for_compute(self.cost)
             decodes = seating.steps(snapshot.next_seq + len(prompts.steps), self.cost)
+        if not prompts.steps and not decodes and not table.soon and not table.late:
+            prompts.rescue()
+            if not prompts.steps:
+                preempt_last(table)
         steps = (*prompts.steps, *decodes)
-        if not steps and not table.soon and not table.late:
-            preempt_last(table)
         ahead = frozenset[Group]()
         if not table.preempted and not prompts.anyone_waits:
             ahead = groups_to_go_on(table, decodes, grows=True, cost=self.cost)

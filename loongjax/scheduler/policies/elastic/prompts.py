@@ -13,12 +13,13 @@ from collections.abc import Iterable
 from loongjax.costmodel.protocol import ChunkWork, CostModel
 from loongjax.plan import Group, InstanceId, MigrateStep, PrefillStep, RequestView
 from loongjax.scheduler.dispatch import Prompt, memory_allows
+from loongjax.scheduler.policies.chunks import next_chunk
 from loongjax.scheduler.policies.elastic.clock import Clock
 from loongjax.scheduler.policies.elastic.fused import FusedStep
 from loongjax.scheduler.policies.elastic.gathering import Gathering
 from loongjax.scheduler.policies.elastic.lanes import LaneOf, Lanes
 from loongjax.scheduler.policies.elastic.order import Order
-from loongjax.scheduler.policies.worktable import Worktable
+from loongjax.scheduler.policies.worktable import Worktable, line_key
 
 _MOST_PROMPTS = 64
 """How many are looked at in one plan."""
@@ -87,12 +88,27 @@ class Prompts:
         waits = {i for i, wait in self._gathering.meetings.items() if wait < pace_s / 2}
         table.idle -= waits
 
+    def rescue(self) -> None:
+        """Gets on with the first in line by any means: nothing else runs, nor will."""
+        table = self._table
+        degrees = table.snapshot.topology.degrees
+        for view in sorted(self._line, key=line_key):
+            found = next_chunk(table, view, table.everything, degrees, self._cost)
+            if found is not None:
+                seq = table.snapshot.next_seq + len(self.steps)
+                chunks, keep = (found.chunk,), (found.placement,)
+                step = PrefillStep(seq=seq, group=found.group, chunks=chunks, keep=keep)
+                self.steps.append(step)
+                table.claim(found.group)
+                table.placed[view.id] = view
+                return
+
     # ---- who they are ----------------------------------------------------------------
 
     def _takes_long(self, view: RequestView) -> bool:
         if view.kv:
             return not view.homes.isdisjoint(self._lanes.busy)
-        return self._one_s(view) > self._chunk_s
+        return self._one_s(view) > self._chunk_s or self._lanes.least(view) > 1
 
     def _one_s(self, view: RequestView) -> float:
         """What a prompt takes on one instance [s]."""
