@@ -118,9 +118,9 @@ def _mixed(
         prompt, before = prompts()
         whole = runner.together([before])
         single = _settled(lambda: runner.together([decode(before)]))
-        beside_decodes, beside_prompt = runner.beside(prompt, lambda: decode(before))
-        slower.append((beside_decodes / whole, beside_prompt / single))
-        return beside_prompt
+        beside_decodes, found = runner.beside(prompt, lambda: decode(before))
+        slower.append((beside_decodes / whole, found.slowness(single)))
+        return beside_decodes
 
     _settled(run)
     prompt, decodes = [median(each) for each in zip(*slower[1:], strict=True)]

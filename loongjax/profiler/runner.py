@@ -67,6 +67,28 @@ class StepExecutor(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Beside:
+    """Steps that ran one after the other beside a longer one.
+
+    Attributes:
+      steps: How many; the last one may have gone on when the longer one had ended.
+      during: Their time until then [s].
+      after: The last one's time from then on [s].
+    """
+
+    steps: int
+    during: float
+    after: float
+
+    def slowness(self, alone: float) -> float:
+        """How many times as long as `alone` they took beside the longer one; what was left of
+        the last one then went on as if alone.
+        """
+        done = self.steps * alone - self.after
+        return self.during / done if done > 0.0 else 1.0
+
+
 @dataclass(kw_only=True, slots=True)
 class Runner:
     """See the module.
@@ -142,9 +164,9 @@ class Runner:
             self._submit(step)
         return mean([_seconds(self._wait_for(step)) for step in steps])
 
-    def beside(self, step: Step, following: Callable[[], Step]) -> tuple[float, float]:
+    def beside(self, step: Step, following: Callable[[], Step]) -> tuple[float, Beside]:
         """Runs a step and, until it ends, others of a disjoint group one after the other: its
-        time, and the mean of theirs that ended before it [s], or of the first if none did.
+        time [s], and theirs.
         """
         self._submit(step)
         others = []
@@ -153,8 +175,9 @@ class Runner:
             self._submit(other)
             others.append(self._wait_for(other))
         result = self._wait_for(step)
-        within = [other for other in others if other.ended <= result.ended] or others[:1]
-        return _seconds(result), mean(map(_seconds, within))
+        after = sum([max(0.0, other.ended - result.ended) for other in others])
+        during = sum(map(_seconds, others)) - after
+        return _seconds(result), Beside(steps=len(others), during=during, after=after)
 
     def migrate(self, name: RequestId, source: InstanceId, target: InstanceId) -> float:
         """Moves all that `source` holds of a request [s]."""
