@@ -146,16 +146,19 @@ class Cell:
 class Paper:
     """Makes cells, and keeps them in a folder."""
 
-    def __init__(self, out: Path, requests: int, seed: int) -> None:
+    def __init__(self, out: Path, requests: int, seed: int, precision: float = PRECISION) -> None:
         self.out = out
         self.requests = requests
         self.seed = seed
+        self.precision = precision
         (out / "cells").mkdir(parents=True, exist_ok=True)
 
     def value(self, cell: Cell) -> float:
         """The cell's number, made now or read; a file of other settings is made anew."""
         path = self.out / "cells" / f"{cell.name}.json"
-        settings = {"requests": self.requests, "seed": self.seed}
+        settings: dict[str, float] = {"requests": self.requests, "seed": self.seed}
+        if self.precision != PRECISION:
+            settings["precision"] = self.precision
         if path.exists():
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["settings"] == settings:
@@ -253,6 +256,7 @@ class Paper:
                 deployment,
                 create_policy(name, deployment.cost),
                 Objective(),
+                precision=self.precision,
             )
             found.append(good.paper if mode == "published" else good.sustainable)
         return max(found)
@@ -441,9 +445,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--requests", type=int, default=1000, help="of each run (default 1000)")
     parser.add_argument("--seed", type=int, default=0, help="of all draws (default 0)")
+    parser.add_argument(
+        "--precision",
+        type=float,
+        default=PRECISION,
+        help=f"of goodputs, as a part of the fluid bound (default {PRECISION})",
+    )
     parser.add_argument("--calibration", type=Path, help="table of measured times, for fig15")
     options = parser.parse_args(arguments)
-    paper = Paper(options.out, options.requests, options.seed)
+    paper = Paper(options.out, options.requests, options.seed, options.precision)
     cells = [*paper.cells(), *(accuracy(options.calibration) if options.calibration else ())]
     cells = [cell for cell in cells if not options.only or cell.figure in options.only]
     done: dict[str, list[tuple[Cell, float]]] = {}

@@ -66,7 +66,7 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
-                env=_environment(),
+                env=clean_environment(),
             )
         except OSError as error:
             raise BenchError(f"{name}: cannot start {python}: {error}") from error
@@ -163,6 +163,6 @@ def own_python() -> Path:
     return Path(sys.executable)
 
 
-def _environment() -> dict[str, str]:
+def clean_environment() -> dict[str, str]:
     """The environment of this process, without what would lead a peer to our packages."""
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

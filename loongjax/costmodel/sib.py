@@ -20,7 +20,7 @@ from loongjax.costmodel.padding import Padding
 from loongjax.costmodel.protocol import ChunkWork, DecodeWork
 from loongjax.errors import ConfigError
 
-VERSION = 2
+VERSION = 3
 """Of the file. Raised whenever a field changes its meaning."""
 
 FitT = TypeVar("FitT", PrefillFit, DecodeFit, MigrateFit)
@@ -62,16 +62,19 @@ class HostTime:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Crowding:
-    """Part of its time by which a step takes longer while another group works on one of its own
-    kind: 0 on devices of their own, 1 where all share the same cores and use them fully.
+    """Part of its time by which a step takes longer while another group works on another: 0 on
+    devices of their own, 1 or more where all share the same cores. Migrations are taken to be
+    like decodes.
 
     Attributes:
-      prefill: Of prompts.
-      decode: Of decodes; migrations are taken to be like them.
+      prefill_prefill, prefill_decode: Of a prompt beside another prompt, and beside a decode.
+      decode_prefill, decode_decode: Of a decode, likewise.
     """
 
-    prefill: float = 0.0
-    decode: float = 0.0
+    prefill_prefill: float = 0.0
+    prefill_decode: float = 0.0
+    decode_prefill: float = 0.0
+    decode_decode: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -217,7 +220,7 @@ class ScalingInformationBase:
                 migrate_fit=MigrateFit(**content["migrate"]),
                 host=HostTime(**content["host"]),
                 pool_slots=content["pool_slots"],
-                padding=_padding(content.get("padding")),
+                padding=_padding(content["padding"]),
                 crowding=Crowding(**content["crowding"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
 from loongjax.costmodel.protocol import ChunkWork, CostModel, DecodeWork
-from loongjax.costmodel.sib import Crowding
 from loongjax.plan import (
     DecodeStep,
     InstanceId,
@@ -40,11 +39,6 @@ def step_seconds(step: Step, held: Holdings, cost: CostModel) -> float:
     if isinstance(step, DecodeStep):
         return cost.decode(len(step.group), decode_work(step, held))
     return _migrate(step, cost)
-
-
-def step_crowding(step: Step, crowding: Crowding) -> float:
-    """By what part of its time a step and another one like it slow each other down."""
-    return crowding.prefill if isinstance(step, PrefillStep) else crowding.decode
 
 
 def decode_work(step: DecodeStep, held: Holdings) -> DecodeWork:

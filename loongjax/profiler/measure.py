@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import mean, median
 
 from loongjax.costmodel.fit import DecodeSample, MigrateSample, PrefillSample
 from loongjax.costmodel.padding import Padding
@@ -70,7 +70,7 @@ def samples(point: Point, seconds: Sequence[float], padding: Padding) -> Samples
 
 
 def crowding(runner: Runner, padding: Padding) -> Crowding:
-    """Measures steps on two instances, at once and one by one: prompts of the largest chunk, and
+    """Measures steps on two instances, at once and alone: prompts of the largest chunk, and
     decodes of one request each after them. 0 if there is one instance.
     """
     if runner.topology.instances < 2:
@@ -82,23 +82,49 @@ def crowding(runner: Runner, padding: Padding) -> Crowding:
         runner.close_all()
         return [runner.prefill_step(group, [(runner.open(length), length)]) for group in groups]
 
-    prefill = _slower(runner, prompts)
+    def decode(after: PrefillStep) -> DecodeStep:
+        return runner.decode_step(after.group, [after.chunks[0].request], 1)
+
+    two_prompts = _slower(runner, prompts)
     computed = prompts()
     runner.together(computed)
-
-    def decodes() -> list[DecodeStep]:
-        return [runner.decode_step(p.group, [p.chunks[0].request], 1) for p in computed]
-
-    decode = _slower(runner, decodes)
+    two_decodes = _slower(runner, lambda: [decode(prompt) for prompt in computed])
+    prompt, beside_it = _mixed(runner, prompts, decode)
     runner.close_all()
-    return Crowding(prefill=prefill, decode=decode)
+    return Crowding(
+        prefill_prefill=two_prompts,
+        prefill_decode=prompt,
+        decode_prefill=beside_it,
+        decode_decode=two_decodes,
+    )
 
 
 def _slower(runner: Runner, make: Callable[[], Sequence[Step]]) -> float:
     """By what part of their time steps take longer at once than one by one."""
     at_once = _settled(lambda: runner.together(make()))
-    alone = _settled(lambda: runner.one_by_one(make()))
-    return min(1.0, max(0.0, at_once / alone - 1.0))
+    alone = _settled(lambda: mean([runner.together([step]) for step in make()]))
+    return max(0.0, at_once / alone - 1.0)
+
+
+def _mixed(
+    runner: Runner,
+    prompts: Callable[[], Sequence[PrefillStep]],
+    decode: Callable[[PrefillStep], DecodeStep],
+) -> tuple[float, float]:
+    """By what part of their time a prompt and decodes of another group take longer at once."""
+    slower: list[tuple[float, float]] = []
+
+    def run() -> float:
+        prompt, before = prompts()
+        whole = runner.together([before])
+        single = _settled(lambda: runner.together([decode(before)]))
+        beside_decodes, found = runner.beside(prompt, lambda: decode(before))
+        slower.append((beside_decodes / whole, found.slowness(single)))
+        return beside_decodes
+
+    _settled(run)
+    prompt, decodes = [median(each) for each in zip(*slower[1:], strict=True)]
+    return max(0.0, prompt - 1.0), max(0.0, decodes - 1.0)
 
 
 def _walk(point: Walk, runner: Runner) -> list[float]:

@@ -1,13 +1,14 @@
 """Single steps on an executor, timed: the engine's own messages without an engine.
 
-Owns the requests of the point that is being measured. One step runs at a time, but for
-`together`. Times are the executor's own: from a step's launch until its tokens are on the host.
+Owns the requests of the point that is being measured. One step runs at a time, but for `together`
+and `beside`. Times are the executor's own: from a step's launch until its tokens are on the host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from statistics import mean
 from typing import Protocol, runtime_checkable
 
 from loongjax.errors import StepError
@@ -66,6 +67,28 @@ class StepExecutor(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Beside:
+    """Steps that ran one after the other beside a longer one.
+
+    Attributes:
+      steps: How many; the last one may have gone on when the longer one had ended.
+      during: Their time until then [s].
+      after: The last one's time from then on [s].
+    """
+
+    steps: int
+    during: float
+    after: float
+
+    def slowness(self, alone: float) -> float:
+        """How many times as long as `alone` they took beside the longer one; what was left of
+        the last one then went on as if alone.
+        """
+        done = self.steps * alone - self.after
+        return self.during / done if done > 0.0 else 1.0
+
+
 @dataclass(kw_only=True, slots=True)
 class Runner:
     """See the module.
@@ -84,6 +107,7 @@ class Runner:
     _seq: int = 0
     _opened: int = 0
     _lengths: dict[RequestId, int] = field(default_factory=dict)
+    _landed: dict[int, StepResult] = field(default_factory=dict)
 
     def group(self, degree: int) -> Group:
         """The first of a degree."""
@@ -120,7 +144,7 @@ class Runner:
 
     def prefill(self, group: Group, chunks: Sequence[tuple[RequestId, int]]) -> float:
         """See `prefill_step`; says how long it took [s]."""
-        return self._run([self.prefill_step(group, chunks)])[0]
+        return self.together([self.prefill_step(group, chunks)])
 
     def decode_step(self, group: Group, names: Sequence[RequestId], masters: int) -> DecodeStep:
         """One token for each, on so many masters; its KV goes to instances in turn."""
@@ -132,15 +156,28 @@ class Runner:
 
     def decode(self, group: Group, names: Sequence[RequestId], masters: int) -> float:
         """See `decode_step`; says how long it took [s]."""
-        return self._run([self.decode_step(group, names, masters)])[0]
+        return self.together([self.decode_step(group, names, masters)])
 
     def together(self, steps: Sequence[Step]) -> float:
         """Runs steps of disjoint groups at once: the mean of their times [s]."""
-        return sum(self._run(steps)) / len(steps)
+        for step in steps:
+            self._submit(step)
+        return mean([_seconds(self._wait_for(step)) for step in steps])
 
-    def one_by_one(self, steps: Sequence[Step]) -> float:
-        """Runs steps one after the other: the mean of their times [s]."""
-        return sum([self._run([step])[0] for step in steps]) / len(steps)
+    def beside(self, step: Step, following: Callable[[], Step]) -> tuple[float, Beside]:
+        """Runs a step and, until it ends, others of a disjoint group one after the other: its
+        time [s], and theirs.
+        """
+        self._submit(step)
+        others = []
+        while step.seq not in self._landed:
+            other = following()
+            self._submit(other)
+            others.append(self._wait_for(other))
+        result = self._wait_for(step)
+        after = sum([max(0.0, other.ended - result.ended) for other in others])
+        during = sum(map(_seconds, others)) - after
+        return _seconds(result), Beside(steps=len(others), during=during, after=after)
 
     def migrate(self, name: RequestId, source: InstanceId, target: InstanceId) -> float:
         """Moves all that `source` holds of a request [s]."""
@@ -149,21 +186,21 @@ class Runner:
         if group is None:
             raise StepError(f"no group holds instances {source} and {target}")
         moves = (Move(name, source, target, tokens),)
-        return self._run([MigrateStep(seq=self._next(), group=group, moves=moves)])[0]
+        return self.together([MigrateStep(seq=self._next(), group=group, moves=moves)])
 
-    def _run(self, steps: Sequence[Step]) -> list[float]:
-        for step in steps:
-            self.executor.submit(step, self.allocator.apply(step))
-        results: dict[int, StepResult] = {}
+    def _submit(self, step: Step) -> None:
+        self.executor.submit(step, self.allocator.apply(step))
+
+    def _wait_for(self, step: Step) -> StepResult:
         deadline = self.executor.now() + _PATIENCE_S
-        while len(results) < len(steps):
+        while step.seq not in self._landed:
             if self.executor.now() > deadline:
-                raise StepError(f"step {steps[0].seq} did not end in {_PATIENCE_S} s")
-            results |= {result.seq: result for result in self.executor.poll(timeout=1.0)}
-        for result in results.values():
-            if result.error is not None:
-                raise StepError(f"a step that was to be measured failed: {result.error}")
-        return [results[step.seq].ended - results[step.seq].started for step in steps]
+                raise StepError(f"step {step.seq} did not end in {_PATIENCE_S} s")
+            for result in self.executor.poll(timeout=1.0):
+                if result.error is not None:
+                    raise StepError(f"a step that was to be measured failed: {result.error}")
+                self._landed[result.seq] = result
+        return self._landed.pop(step.seq)
 
     def _next(self) -> int:
         self._seq += 1
@@ -179,3 +216,7 @@ class Runner:
                 found.append(Share(instance, min(each, length)))
                 length -= each
         return tuple(found)
+
+
+def _seconds(result: StepResult) -> float:
+    return result.ended - result.started

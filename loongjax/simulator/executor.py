@@ -16,7 +16,7 @@ import numpy as np
 
 from loongjax.costmodel.protocol import CostModel
 from loongjax.costmodel.sib import Crowding, HostTime
-from loongjax.costmodel.steps import step_crowding, step_seconds
+from loongjax.costmodel.steps import step_seconds
 from loongjax.errors import IntegrityError, StepError
 from loongjax.executor.protocol import ExecutorLimits, RequestInput
 from loongjax.kvcache.messages import SlotPlan
@@ -66,8 +66,7 @@ class VirtualExecutor:
         self._host = host
         self._limits = limits
         self._now = 0.0
-        self._devices = Devices()
-        self._crowding = crowding
+        self._devices = Devices(crowding)
         self._flying: dict[int, tuple[SampledToken, ...]] = {}
         self._lives: dict[RequestId, _Life] = {}
         self.scaling = ScalingCounter()
@@ -107,8 +106,8 @@ class VirtualExecutor:
         self._ledger.apply(step, slots)
         self.scaling.add(step)
         self._now += self._host.step_s + self._host.row_s * _rows(step)
-        crowding = step_crowding(step, self._crowding)
-        self._devices.launch(self._now, step.seq, step.group, seconds, crowding)
+        is_prompt = isinstance(step, PrefillStep)
+        self._devices.launch(self._now, step.seq, step.group, seconds, is_prompt=is_prompt)
         lives = self._lives
         self._flying[step.seq] = tuple([lives[name].next_token() for name in _sampled(step)])
         self.steps += 1

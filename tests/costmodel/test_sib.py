@@ -71,12 +71,13 @@ def test_a_file_of_something_else_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 0}, "version 0; this loongjax reads version 2"),
+        ({"version": 0}, "version 0; this loongjax reads version 3"),
         ({"version": None}, "version None"),
         ({"prefill": {}}, "prefill fits of at least one degree"),
         ({"decode": {"0": None}}, "damaged"),
         ({"host": {"turn_s": 1.0}}, "damaged"),
         ({"fingerprint": 3}, "damaged"),
+        ({"crowding": {"prefill": 0.7, "decode": 0.4}}, "damaged"),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path, change, message):

@@ -76,6 +76,7 @@ NOT_RUN = {
     "pytest": "the tests themselves; its path is looked up",
     'LLM("demo"': "compiles for minutes; its arguments are looked up",
     '{"cells"': "what 26 minutes of `bench engine` print",
+    '{"dtype", "lines"': "what `bench offline` prints; tests/bench/test_offline.py looks at it",
     '{"policy", "protocol"': "what minutes of `bench serve` print",
     '{"passed"': "what `bench chaos` prints; tests/serving/test_bench.py has a shorter one",
     "instance   0": "a drawing",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -25,7 +25,9 @@ SIZES = Sizes(chunks=(128, 512, 1024), rows=(1, 8, 32), slots=16_384)
 TRUTH = replace(
     toy_sib(degrees=(1, 2)),
     padding=Padding(chunks=SIZES.chunks, rows=SIZES.rows),
-    crowding=Crowding(prefill=0.8, decode=0.4),
+    crowding=Crowding(
+        prefill_prefill=0.8, prefill_decode=0.3, decode_prefill=1.7, decode_decode=0.4
+    ),
 )
 
 
@@ -66,8 +68,9 @@ def test_what_is_found_foretells_the_devices(tmp_path, noise: float) -> None:
         assert check.median <= 1e-3 + noise
         assert check.points >= 1
     sib = found.sib
-    assert sib.crowding.prefill == pytest.approx(TRUTH.crowding.prefill, abs=0.01 + noise)
-    assert sib.crowding.decode == pytest.approx(TRUTH.crowding.decode, abs=0.01 + noise)
+    for kinds, part in asdict(TRUTH.crowding).items():
+        slower = 1.0 + getattr(sib.crowding, kinds)
+        assert slower == pytest.approx(1.0 + part, rel=0.01 + noise), kinds
     for degree in (1, 2):
         for chunks in ([ChunkWork(700, 0)], [ChunkWork(512, 0), ChunkWork(300, 4_096)]):
             true = TRUTH.prefill(degree, chunks)
@@ -100,6 +103,14 @@ def test_a_log_of_something_else_is_begun_anew(tmp_path) -> None:
     again = PointLog(path, FINGERPRINT)
     assert (again.resumed, again.get("a"), again.get("b")) == (1, [1.0, 2.0], None)
     assert PointLog(path, replace(FINGERPRINT, model="other")).resumed == 0
+
+
+def test_a_log_with_other_numbers_is_measured_anew_where_they_differ(tmp_path) -> None:
+    path = tmp_path / "log"
+    PointLog(path, FINGERPRINT).put("crowding", [0.7, 0.4])
+    found = profile(devices(), path)
+    assert found.sib.crowding.decode_prefill == pytest.approx(1.7, abs=0.05)
+    assert len(PointLog(path, FINGERPRINT).get("crowding")) == 4
 
 
 def test_one_instance_moves_nothing_and_crowds_nobody(tmp_path) -> None:

@@ -6,11 +6,11 @@ import random
 from dataclasses import dataclass, field
 
 from loongjax.costmodel import ScalingInformationBase
-from loongjax.costmodel.steps import step_crowding, step_seconds
+from loongjax.costmodel.steps import step_seconds
 from loongjax.executor.protocol import ExecutorLimits, RequestInput
 from loongjax.kvcache import BlockAllocator
 from loongjax.kvcache.messages import SlotPlan
-from loongjax.plan import Step, StepResult
+from loongjax.plan import PrefillStep, Step, StepResult
 from loongjax.simulator.devices import Devices
 from loongjax.simulator.ledger import Ledger
 
@@ -30,7 +30,7 @@ class VirtualDevices:
 
     def __post_init__(self) -> None:
         self.ledger = Ledger(self.allocator)
-        self.devices = Devices()
+        self.devices = Devices(self.truth.crowding)
 
     def now(self) -> float:
         return self.clock
@@ -44,11 +44,11 @@ class VirtualDevices:
     def submit(self, step: Step, slots: SlotPlan) -> None:
         self.steps += 1
         seconds = step_seconds(step, self.ledger, self.truth)
-        crowding = step_crowding(step, self.truth.crowding)
         self.ledger.apply(step, slots)
         self.ledger.check()
         slower = 1.0 + self.noise * self.chance.random()
-        self.devices.launch(self.clock, step.seq, step.group, seconds * slower, crowding)
+        is_prompt = isinstance(step, PrefillStep)
+        self.devices.launch(self.clock, step.seq, step.group, seconds * slower, is_prompt=is_prompt)
 
     def poll(self, timeout: float) -> list[StepResult]:
         end = self.devices.next_end
