@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from loongjax.cli import bench_chaos, bench_engine, bench_offline, bench_scheduler, bench_serve
+from loongjax.cli import (
+    bench_chaos,
+    bench_engine,
+    bench_offline,
+    bench_policies,
+    bench_scheduler,
+    bench_serve,
+)
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -13,6 +20,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parts = parser.add_subparsers(title="parts", metavar="PART", required=True)
     bench_engine.add_command(parts)
     bench_offline.add_command(parts)
+    bench_policies.add_command(parts)
     bench_scheduler.add_command(parts)
     bench_serve.add_command(parts)
     bench_chaos.add_command(parts)

@@ -137,8 +137,8 @@ def _buckets(plan: ExecutorPlan) -> dict[str, Any]:
     from loongjax.programs.buckets import MIGRATE_TOKENS
 
     return {
-        "prefill": list(plan.catalogue.chunk_buckets[:-1]),
-        "extend": [plan.catalogue.max_chunk_tokens],
+        "prefill": sorted({*plan.catalogue.chunk_buckets} - {*plan.catalogue.extend_buckets}),
+        "extend": list(plan.catalogue.extend_buckets),
         "decode": list(plan.catalogue.row_buckets),
         "migrate": [MIGRATE_TOKENS],
     }

@@ -15,17 +15,19 @@ class Padding:
     """The sizes of an engine's programs.
 
     Attributes:
-      chunks: Tokens of a prefill step on each rank, ascending. Steps with history have the
-        largest.
+      chunks: Tokens of a prefill step on each rank, ascending.
+      resumed: Those of them that steps with history have.
       rows: Rows of a decode step on each rank, ascending. Every rank computes as many as the
         busiest master.
     """
 
     chunks: tuple[int, ...]
+    resumed: tuple[int, ...]
     rows: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        for name, sizes in (("chunks", self.chunks), ("rows", self.rows)):
+        for name in ("chunks", "resumed", "rows"):
+            sizes: tuple[int, ...] = getattr(self, name)
             if not sizes or sizes[0] < 1 or list(sizes) != sorted(set(sizes)):
                 raise ConfigError(f"sizes of {name} must ascend from at least 1, not {sizes}")
 
@@ -35,7 +37,7 @@ class Padding:
         for length, history in chunks:
             local += -(-length // degree)
             resumes = resumes or history > 0
-        return degree * _up(self.chunks[-1] if resumes else local, self.chunks)
+        return degree * _up(local, self.resumed if resumes else self.chunks)
 
     def work(self, degree: int, work: DecodeWork) -> DecodeWork:
         """What a decode step computes: as many rows on every rank."""

@@ -20,7 +20,7 @@ from loongjax.costmodel.padding import Padding
 from loongjax.costmodel.protocol import ChunkWork, DecodeWork
 from loongjax.errors import ConfigError
 
-VERSION = 3
+VERSION = 4
 """Of the file. Raised whenever a field changes its meaning."""
 
 FitT = TypeVar("FitT", PrefillFit, DecodeFit, MigrateFit)
@@ -239,7 +239,7 @@ class ScalingInformationBase:
 def _padding(content: Mapping[str, Sequence[int]] | None) -> Padding | None:
     if content is None:
         return None
-    return Padding(chunks=tuple(content["chunks"]), rows=tuple(content["rows"]))
+    return Padding(**{name: tuple(sizes) for name, sizes in content.items()})
 
 
 def _scaled(fit: FitT, names: tuple[str, ...], factor: float) -> FitT:

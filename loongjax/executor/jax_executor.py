@@ -216,10 +216,10 @@ class JaxExecutor:
         if isinstance(step, DecodeStep):
             fullest = max(Counter(row.master for row in step.rows).values(), default=0)
             return self.catalogue.decode(step.group, fullest)
-        if any(chunk.start for chunk in step.chunks):
-            return self.catalogue.extend(step.group)
         degree = len(step.group)
         tokens = sum(stripe_tokens(chunk.length, degree) for chunk in step.chunks)
+        if any(chunk.start for chunk in step.chunks):
+            return self.catalogue.extend(step.group, tokens)
         return self.catalogue.prefill(step.group, tokens)
 
     # ---- a step's way to the devices and back ----------------------------------------

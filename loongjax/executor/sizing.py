@@ -79,7 +79,10 @@ def measure(nominal: ProgramShapes, catalogue: Catalogue, meshes: GroupMeshes) -
     as large for all programs of a kind as for the largest.
     """
     group = catalogue.topology.groups(max(catalogue.topology.degrees))[0]
-    largest = catalogue.extend(group), catalogue.decode(group, catalogue.max_rows)
+    largest = (
+        catalogue.extend(group, catalogue.max_chunk_tokens),
+        catalogue.decode(group, catalogue.max_rows),
+    )
     found = []
     for spec in largest:
         _log.info("compiling %s to see what memory it needs", spec.name)

@@ -82,10 +82,12 @@ class Sizes:
 
     Attributes:
       chunks, rows: Compiled sizes, for each rank, ascending.
+      resumed: Those of `chunks` that take history.
       slots: KV tokens of an instance.
     """
 
     chunks: tuple[int, ...]
+    resumed: tuple[int, ...]
     rows: tuple[int, ...]
     slots: int
 
@@ -108,7 +110,7 @@ def walks(degree: int, sizes: Sizes) -> Series:
     largest = sizes.chunks[-1]
     whole = [Walk(degree=degree, lengths=(size * degree,)) for size in sizes.chunks]
     packed = Walk(degree=degree, lengths=(largest // 4 * degree,) * 4)
-    resumed = Walk(degree=degree, lengths=(largest * degree,), chunks=_WALK)
+    resumed = [Walk(degree=degree, lengths=(n * degree,), chunks=_WALK) for n in sizes.resumed]
     part = Walk(degree=degree, lengths=(largest // 2 * degree,), chunks=2 * _WALK)
     between = [
         Walk(degree=degree, lengths=(largest // 2 * degree, largest // 4 * degree)),
@@ -120,7 +122,7 @@ def walks(degree: int, sizes: Sizes) -> Series:
         Walk(degree=degree, lengths=(largest // 3 * degree, largest // 5 * degree)),
         Walk(degree=degree, lengths=(sizes.chunks[0] * 4 // 5 * degree,)),
     ]
-    return _series(degree * sizes.slots, [*whole, packed, resumed, part], between, held_out)
+    return _series(degree * sizes.slots, [*whole, packed, *resumed, part], between, held_out)
 
 
 def decodes(degree: int, sizes: Sizes) -> Series:

@@ -78,7 +78,10 @@ def _session(
         vocab_size=vocab_size,
     )
     sizes = Sizes(
-        chunks=catalogue.chunk_buckets, rows=catalogue.row_buckets, slots=executor.pool_slots
+        chunks=catalogue.chunk_buckets,
+        resumed=catalogue.extend_buckets,
+        rows=catalogue.row_buckets,
+        slots=executor.pool_slots,
     )
     return Session(runner, sizes, log, on_progress)
 

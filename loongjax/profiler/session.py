@@ -80,7 +80,7 @@ class Session:
         self._sizes = sizes
         self._log = log
         self._tell = on_progress
-        self._padding = Padding(chunks=sizes.chunks, rows=sizes.rows)
+        self._padding = Padding(chunks=sizes.chunks, resumed=sizes.resumed, rows=sizes.rows)
         self._done = 0
         degrees = runner.topology.degrees
         self._walks = {degree: walks(degree, sizes) for degree in degrees}

@@ -21,11 +21,11 @@ def compiled_per_group(platform: str) -> bool:
 class Catalogue:
     """The programs for a topology and the limits of a step.
 
-    For each degree: a prefill program for each chunk bucket but the largest, an extend program
-    of that size, a decode program for each row bucket, and, from degree 2 on, one that
-    migrates. Chunks with history come from prompts that are longer than the largest bucket,
-    and so mostly fill it: one extend program is enough. It also serves large chunks without
-    history, over which its loops make no trip.
+    For each degree: a program for each chunk bucket, a decode program for each row bucket, and,
+    from degree 2 on, one that migrates. Of the chunk buckets every second one, the largest among
+    them, is of extend programs, which take chunks with history; they serve those without as well,
+    over which their loops make no trip. So a step with history, such as one that carries decodes
+    along, is rounded up by more than others, and there are no more programs than sizes.
 
     Attributes:
       topology: The groups.
@@ -45,8 +45,15 @@ class Catalogue:
 
     @property
     def chunk_buckets(self) -> tuple[int, ...]:
-        """Local tokens of prefill programs, ascending; the last is the extend program's."""
+        """Local tokens of programs for chunks, ascending."""
         return tuple(_ladder(chunk_bucket, self.max_chunk_tokens))
+
+    @property
+    def extend_buckets(self) -> tuple[int, ...]:
+        """Those of them that take history, ascending: the last, and every second one before it but
+        the first.
+        """
+        return self.chunk_buckets[:0:-2][::-1] or self.chunk_buckets
 
     @property
     def row_buckets(self) -> tuple[int, ...]:
@@ -68,8 +75,8 @@ class Catalogue:
     def prefill(self, group: Group, tokens: int) -> ProgramSpec:
         """For chunks that begin their requests, `tokens` on each rank in all."""
         size = chunk_bucket(tokens)
-        if size == self.max_chunk_tokens:
-            return self.extend(group)
+        if size in self.extend_buckets:
+            return self.extend(group, size)
         return ProgramSpec(
             kind="prefill",
             degree=len(group),
@@ -78,12 +85,12 @@ class Catalogue:
             placement=self._placement(group),
         )
 
-    def extend(self, group: Group) -> ProgramSpec:
-        """For chunks of which some have history, and for the largest."""
+    def extend(self, group: Group, tokens: int) -> ProgramSpec:
+        """For chunks of which some have history, `tokens` on each rank in all."""
         return ProgramSpec(
             kind="extend",
             degree=len(group),
-            bucket=self.max_chunk_tokens,
+            bucket=next(size for size in self.extend_buckets if size >= tokens),
             rows=self.max_rows,
             placement=self._placement(group),
         )

@@ -28,6 +28,7 @@ def test_limits_are_rounded_up_to_buckets():
     odd = catalogue(chunk=2000, rows=30)
     assert (odd.max_chunk_tokens, odd.max_rows) == (2048, 32)
     assert odd.chunk_buckets == (128, 512, 1024, 2048)
+    assert odd.extend_buckets == (512, 2048)
     assert odd.row_buckets == (1, 8, 32)
     assert catalogue(chunk=1, rows=1).chunk_buckets == (128,)
 
@@ -50,9 +51,9 @@ def test_what_a_step_asks_for_is_in_it_and_large_enough(data, which, chunk, rows
     group = data.draw(st.sampled_from(list(topology.groups(degree))))
     tokens = data.draw(st.integers(1, it.max_chunk_tokens))
     decoding = data.draw(st.integers(0, it.max_rows))
-    asked = [it.prefill(group, tokens), it.extend(group), it.decode(group, decoding)]
-    assert asked[0].bucket >= tokens
-    assert asked[1].bucket == it.max_chunk_tokens
+    asked = [it.prefill(group, tokens), it.extend(group, tokens), it.decode(group, decoding)]
+    assert asked[1].bucket >= asked[0].bucket >= tokens
+    assert asked[1].kind == "extend"
     assert asked[2].rows >= decoding
     if degree > 1:
         asked.append(it.migrate(group))

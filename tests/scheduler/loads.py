@@ -58,7 +58,7 @@ def engine(
     failures: float = 0.0,
     tick: float = 0.0,
 ) -> VirtualEngine:
-    """Steps end in an order drawn from `seed`, each after `tick` seconds; that part of them fails."""
+    """Steps end in an order drawn from `seed`, `tick` seconds apart; that part of them fails."""
     order, luck = random.Random(seed), random.Random(seed)
     slow = order.random() < 0.3  # prefill steps take long
 

@@ -236,14 +236,14 @@ def spread(
     """
     held = dict.fromkeys(homes, 0)
     held.update({share.instance: share.tokens for share in view.kv if share.instance in held})
-    level = (sum(held.values()) + blocks * block_size) / len(held)
-    taken, left = dict.fromkeys(held, 0), blocks
-    for home in sorted(held, key=lambda home: (held[home], home)):
-        wanted = max(0, round((level - held[home]) / block_size))
-        taken[home] = min(wanted, free[home], left)
-        left -= taken[home]
-    for home in sorted(held, key=lambda home: (taken[home] - free[home], home)):
-        more = min(left, free[home] - taken[home])
-        taken[home] += more
-        left -= more
+    taken = dict.fromkeys(held, 0)
+    while blocks:
+        roomy = sorted((home for home in held if taken[home] < free[home]), key=lambda h: held[h])
+        level = (sum([held[home] for home in roomy]) + blocks * block_size) / len(roomy)
+        for home in roomy:
+            wanted = max(1, round((level - held[home]) / block_size))
+            more = min(wanted, free[home] - taken[home], blocks)
+            taken[home] += more
+            held[home] += more * block_size
+            blocks -= more
     return {home: count for home, count in taken.items() if count}

@@ -10,7 +10,9 @@ those in use larger, or waits there in order, if there is no room for another on
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from loongjax.costmodel.protocol import ChunkWork, CostModel, DecodeWork
 from loongjax.plan import InstanceId, RequestId, RequestView
@@ -24,7 +26,20 @@ _DECODING_PART = 0.6
 """Part of the time from token to token that decodes may take on instances left to them; short
 prompts get the rest."""
 
-LaneOf = dict[RequestId, frozenset[InstanceId]]
+
+class Berth(NamedTuple):
+    """Where a prompt that takes long is computed, and the part of it that keeps its KV."""
+
+    lane: frozenset[InstanceId]
+    homes: frozenset[InstanceId]
+
+
+@dataclass(kw_only=True, slots=True)
+class _Lane:
+    """A lane, and how many prompts are for it."""
+
+    members: frozenset[InstanceId]
+    waiting: int = 0
 
 
 class Lanes:
@@ -102,57 +117,74 @@ class Lanes:
         """Instances of any lane in use."""
         return frozenset[InstanceId]().union(*self.in_use)
 
-    def choose(self, longs: Iterable[RequestView]) -> LaneOf:
-        """A lane for each prompt that takes long, the most urgent first."""
-        lanes = [*self.in_use]
-        waiting = [0] * len(lanes)
-        found: dict[RequestId, int] = {}
+    def choose(self, longs: Iterable[RequestView]) -> dict[RequestId, Berth]:
+        """A berth for each prompt that takes long, the most urgent first; none for some."""
+        lanes = [_Lane(members=members) for members in self.in_use]
+        found: list[tuple[RequestView, _Lane]] = []
         for view in longs:
             if view.kv:
-                number = next((n for n, lane in enumerate(lanes) if view.homes <= lane), None)
+                lane = next((lane for lane in lanes if view.homes <= lane.members), None)
             else:
-                number = self._place(view, lanes, waiting)
-            if number is not None:
-                found[view.id] = number
-                waiting[number] += 1
-        return {name: lanes[number] for name, number in found.items()}
-
-    def _place(
-        self, view: RequestView, lanes: list[frozenset[InstanceId]], waiting: list[int]
-    ) -> int | None:
-        """The number of the lane of a new prompt: a new one, or one that grows for it."""
-        least, usable = self.least(view), self._usable(view)
-        spare = self._spare(frozenset[InstanceId]().union(*lanes))
-        size = max(least, min(usable, len(spare)))
-        if spare and len(spare) >= (least if not lanes else max(least, usable)):
-            lane = self._cover(frozenset(spare[:1]), spare, size)
+                lane = self._lane_for(view, lanes)
             if lane is not None:
-                lanes.append(lane)
-                waiting.append(0)
-                return len(lanes) - 1
-        if not lanes:
-            lane = self._cover(frozenset(), list(self._table.everything), size)
-            if lane is None:
-                return None
-            lanes.append(lane)
-            waiting.append(0)
-            return 0
-        number = min(range(len(lanes)), key=lambda n: (waiting[n] / len(lanes[n]), n))
-        size = max(least, min(usable, len(lanes[number]) + len(spare)))
-        if size > len(lanes[number]):
-            grown = self._cover(lanes[number], spare, size)
-            if grown is None and len(lanes[number]) < least:
-                grown = self._cover(lanes[number], list(self._table.everything), least)
-                if grown is None:
-                    return None
-            lanes[number] = grown or lanes[number]
-        return number
+                lane.waiting += 1
+                found.append((view, lane))
+        return {
+            view.id: Berth(lane.members, self._homes(view, lane.members)) for view, lane in found
+        }
 
-    def _spare(self, taken: frozenset[InstanceId]) -> list[InstanceId]:
-        """Instances that a lane may take, the best first: those with the fewest decodes."""
+    def _size(self, view: RequestView) -> int:
+        """How many instances a prompt should get."""
+        most = len(self._table.free) - self.decoding
+        return max(self.least(view), min(self._usable(view), most))
+
+    def _lane_for(self, view: RequestView, lanes: list[_Lane]) -> _Lane | None:
+        """The lane of a new prompt: a new one, or one that grows for it if it must."""
+        least, size = self.least(view), self._size(view)
+        spare = self._spare(lanes)
+        if spare and len(spare) >= (size if lanes else least):
+            members = self._cover(frozenset(), spare, min(size, len(spare)))
+            if members is not None:
+                lanes.append(_Lane(members=members))
+                return lanes[-1]
+        everything = list(self._table.everything)
+        if not lanes:
+            members = self._cover(frozenset(), everything, size)
+            if members is not None:
+                lanes.append(_Lane(members=members))
+            return None if members is None else lanes[0]
+        lane = min(lanes, key=lambda lane: lane.waiting / len(lane.members))
+        wanted = min(size, len(lane.members) + len(spare))
+        grown = lane.members
+        if wanted > len(grown):
+            grown = self._cover(lane.members, spare, wanted) or grown
+        if len(grown) < least:
+            wider = self._cover(lane.members, everything, least)
+            if wider is None:
+                return None
+            grown = wider
+        lane.members = grown
+        return lane
+
+    def _homes(self, view: RequestView, lane: frozenset[InstanceId]) -> frozenset[InstanceId]:
+        """The part of a lane that keeps a prompt's KV: all of it, unless decodes need more
+        instances since it was made. Then it becomes smaller when those before have ended.
+        """
+        size = self._size(view)
+        if size >= len(lane):
+            return lane
+        more = sorted(lane - view.homes, key=self._rank)[: max(0, size - len(view.homes))]
+        return view.homes.union(more)
+
+    def _rank(self, instance: InstanceId) -> tuple[int, int, int]:
+        """Which instances are better for prompts that take long: those with the fewest decodes."""
         table = self._table
-        others = [i for i in table.everything if i not in taken]
-        others.sort(key=lambda i: (table.tenants(i).rows, -table.free[i], i))
+        return (table.tenants(instance).rows, -table.free[instance], instance)
+
+    def _spare(self, lanes: Iterable[_Lane]) -> list[InstanceId]:
+        """Instances that a new lane may take, the best first."""
+        taken = frozenset[InstanceId]().union(*(lane.members for lane in lanes))
+        others = sorted(self._table.everything - taken, key=self._rank)
         return others[: max(0, len(others) - self.decoding)]
 
     def _cover(

@@ -1,9 +1,10 @@
-"""Whose prompt is computed first: whoever has least time left, by a due time that grows with its
-length.
+"""Whose prompt is computed first: whoever has waited longest, by what is left of it to compute.
 
-A prompt is due `factor` times what it takes alone on all instances after it came, and `floor_s` at
-least. So a short one goes before a long one that came long before it, and the long one goes first
-in the end. What counts as left is what is not computed yet.
+    urgency = waited / time that the rest takes alone on all instances
+
+So a short prompt overtakes a long one soon after it came, who is nearly done is not interrupted,
+and the longest one goes first in the end (as in highest response ratio next). When many wait, the
+short ones' urgency grows fastest: an overload reaches the longest first.
 """
 
 from __future__ import annotations
@@ -16,16 +17,19 @@ from loongjax.costmodel.protocol import ChunkWork, CostModel
 from loongjax.plan import RequestId, RequestView
 
 _SIZES = tuple(1 << power for power in range(22))
+_LEAST_S = 1e-3
+import os
+_HEAD_START_S = float(os.environ.get("HS","2"))
 
 
 class Order:
-    """Due times in one plan. Times alone are interpolated, for there may be thousands of them."""
+    """Urgency in one plan. Times alone are interpolated, for there may be thousands of them."""
 
-    def __init__(self, cost: CostModel, degree: int, factor: float, floor_s: float) -> None:
-        """`degree`: of all instances."""
+    def __init__(self, cost: CostModel, degree: int, now: float, floor_s: float) -> None:
+        """`degree`: of all instances. What takes less than `floor_s` counts as if it took that."""
         self._cost = cost
         self._degree = degree
-        self._factor = factor
+        self._now = now
         self._floor_s = floor_s
         self._alone = [cost.prefill(degree, [ChunkWork(size, 0)]) for size in _SIZES]
 
@@ -36,18 +40,24 @@ class Order:
         first, second = self._alone[right - 1], self._alone[right]
         return first + (second - first) * (tokens - low) / (high - low)
 
-    def latest(self, view: RequestView) -> float:
-        """When the rest of a prompt has to begin, so that it is in time [s, engine clock]."""
-        alone = rest = self.alone_s(view.length)
-        if view.computed:
-            work = ChunkWork(max(1, view.uncomputed), view.computed)
-            rest = self._cost.prefill(self._degree, [work])
-        due = view.arrival + max(self._floor_s, self._factor * alone)
-        return (due if view.deadline is None else min(due, view.deadline)) - rest
+    def rest_s(self, view: RequestView) -> float:
+        """What is left of it takes on all instances, about [s]."""
+        if not view.computed:
+            return self.alone_s(view.length)
+        work = ChunkWork(max(1, view.uncomputed), view.computed)
+        return self._cost.prefill(self._degree, [work])
+
+    def urgency(self, view: RequestView) -> float:
+        """See the module. Who has a deadline may wait until it has to begin, at most."""
+        rest = self.rest_s(view)
+        patience = max(rest, self._floor_s)
+        if view.deadline is not None:
+            patience = min(patience, view.deadline - rest - view.arrival)
+        return (self._now - view.arrival + _HEAD_START_S) / max(patience, _LEAST_S)
 
     def first(self, views: Sequence[RequestView], count: int) -> list[RequestView]:
-        """The first ones, by priority and then by the time that they have left."""
+        """The first ones, by priority and then by urgency."""
         return heapq.nsmallest(count, views, key=self._key)
 
-    def _key(self, view: RequestView) -> tuple[int, float, RequestId]:
-        return (-view.priority, self.latest(view), view.id)
+    def _key(self, view: RequestView) -> tuple[int, float, float, RequestId]:
+        return (-view.priority, -self.urgency(view), view.arrival, view.id)

@@ -2,9 +2,9 @@
 
 LoongServe's prompts cannot be interrupted, so that a short one waits behind a long one; their order
 is that of arrival; and a prompt that is on its way keeps its instances. Here everything follows
-from two kinds of due times. Whoever decodes has its next token due `decode_s` after the one before,
-counted from its first (`clock`). Whoever waits has its first token due after a multiple of what its
-prompt takes alone (`order`). One plan is made in this order:
+from time. Whoever decodes has its next token due `decode_s` after the one before,
+counted from its first (`clock`). Whoever waits becomes the more urgent the longer it waits, compared
+with what its prompt takes (`order`). One plan is made in this order:
 
 1. Requests that decode and have no room left for their next token (`seating`).
 2. Lanes: groups for prompts that take long, while decodes keep instances of their own (`lanes`);
@@ -44,17 +44,15 @@ class Elastic:
         little below the objective. Higher: longer steps, more throughput.
       chunk_s: How long a step may last at most that computes prompts [s]: whoever comes waits for
         its end. Higher: constants weigh less, short prompts wait longer.
-      slack_factor, slack_floor_s: A prompt's first token is due so many times what it takes alone
-        on all instances after it came, and after the floor [s] at least. They only order prompts.
-        A higher floor: more prompts are served as they came.
+      floor_s: Prompts that take less than this alone on all instances [s] are served as they
+        came. Higher: more of them.
     """
 
     cost: CostModel
     headroom: int | None = 512
     decode_s: float = 0.045
     chunk_s: float = 0.3
-    slack_factor: float = 25.0
-    slack_floor_s: float = 1.0
+    floor_s: float = 0.04
 
     def __post_init__(self) -> None:
         if self.headroom is not None and self.headroom < 0:
@@ -62,11 +60,11 @@ class Elastic:
                 f"headroom must not be negative, got {self.headroom}; None keeps memory for all "
                 "that a request may generate"
             )
-        for name in ("decode_s", "chunk_s", "slack_factor"):
+        for name in ("decode_s", "chunk_s"):
             if not getattr(self, name) > 0.0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
-        if not self.slack_floor_s >= 0.0:
-            raise ConfigError(f"slack_floor_s must not be negative, got {self.slack_floor_s}")
+        if not self.floor_s >= 0.0:
+            raise ConfigError(f"floor_s must not be negative, got {self.floor_s}")
 
     def schedule(self, now: float, snapshot: Snapshot) -> Plan:
         """See `Policy`."""
@@ -77,7 +75,7 @@ class Elastic:
         seating.seat_the_short()
         clock = Clock(table, self.cost, now, self.decode_s)
         degree = snapshot.topology.degrees[-1]
-        order = Order(self.cost, degree, self.slack_factor, self.slack_floor_s)
+        order = Order(self.cost, degree, now, self.floor_s)
         prompts = Prompts(table, self.cost, clock, order, chunk_s=self.chunk_s)
         if anyone_idle:
             prompts.seat()

@@ -8,24 +8,35 @@ wait, and at most `chunk_s`, for that is how long whoever comes next may have to
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from loongjax.costmodel.protocol import ChunkWork, CostModel
-from loongjax.plan import Group, InstanceId, MigrateStep, PrefillStep, RequestView
+from loongjax.plan import (
+    Group,
+    InstanceId,
+    MigrateStep,
+    PrefillStep,
+    RequestId,
+    RequestView,
+)
 from loongjax.scheduler.dispatch import Prompt, memory_allows
 from loongjax.scheduler.policies.chunks import next_chunk
 from loongjax.scheduler.policies.elastic.clock import Clock
 from loongjax.scheduler.policies.elastic.fused import FusedStep
 from loongjax.scheduler.policies.elastic.gathering import Gathering
-from loongjax.scheduler.policies.elastic.lanes import LaneOf, Lanes
+from loongjax.scheduler.policies.elastic.lanes import Berth, Lanes
 from loongjax.scheduler.policies.elastic.order import Order
 from loongjax.scheduler.policies.worktable import Worktable, line_key
 
 _MOST_PROMPTS = 64
 """How many are looked at in one plan."""
-_ALONE = 3.0
-"""A prompt that takes long is computed on one instance, beside decodes, if so many times what it
-takes there is left."""
+_STARVING = 25.0
+"""A prompt that is so urgent gets on at the cost of those who decode."""
+_ALONE = 1.5
+"""A prompt takes so many times as long on one instance beside decodes as on one of its own."""
+
+
+Berths: TypeAlias = Mapping[RequestId, Berth]
 
 
 class Prompts:
@@ -66,22 +77,22 @@ class Prompts:
         """Makes the steps."""
         table = self._table
         longs = [view for view in self._line if self._takes_long(view)]
-        lane_of = self._lanes.choose(longs)
-        self._move(lane_of)
+        berths = self._lanes.choose(longs)
+        self._move(berths)
         for view in table.near:
             if len(view.kv) > 1 and not table.idle.issuperset(view.homes):
                 self._gathering.meet(view.homes)
         for view in longs:
-            if view.id in lane_of:
-                self._open_lane(lane_of[view.id])
+            if view.id in berths:
+                self._open_lane(berths[view.id].lane)
         full = False
         for view in self._line:
             if view.kv:
-                self._go_on(view, lane_of)
+                self._go_on(view, berths)
             elif not full and not self._has_memory(view):
                 full = True  # whoever comes behind does not take what it waits for
             elif not full:
-                self._begin(view, lane_of)
+                self._begin(view, berths)
         for step in dict.fromkeys(self._open.values()):
             self._finish(step)
         pace_s = self._clock.pace_s
@@ -114,8 +125,8 @@ class Prompts:
         """What a prompt takes on one instance [s]."""
         return self._cost.prefill(1, [ChunkWork(view.length, 0)])
 
-    def _is_overdue(self, view: RequestView) -> bool:
-        return self._order.latest(view) < self._clock.now
+    def _starves(self, view: RequestView) -> bool:
+        return self._order.urgency(view) > _STARVING
 
     def _has_memory(self, view: RequestView) -> bool:
         """The memory test of `dispatch`: it and all who hold KV never need more than there is."""
@@ -129,8 +140,8 @@ class Prompts:
 
     # ---- steps -----------------------------------------------------------------------
 
-    def _move(self, lane_of: LaneOf) -> None:
-        lanes = self._lanes.busy.union(*lane_of.values())
+    def _move(self, berths: Berths) -> None:
+        lanes = self._lanes.busy.union(*(berth.lane for berth in berths.values()))
         step = self._gathering.move(lanes, self._table.snapshot.next_seq)
         if step is not None:
             self.steps.append(step)
@@ -175,26 +186,26 @@ class Prompts:
 
     # ---- prompts ---------------------------------------------------------------------
 
-    def _go_on(self, view: RequestView, lane_of: LaneOf) -> None:
+    def _go_on(self, view: RequestView, berths: Berths) -> None:
         """The next chunk of a prompt that is begun."""
-        homes = lane_of.get(view.id, view.homes)
+        berth = berths.get(view.id)
         step = self._open.get(next(iter(view.homes)))
         if step is None and self._table.idle.issuperset(view.homes):
             step = self._open_step(tuple(sorted(view.homes)))
         if step is not None and step.members >= view.homes:
-            homes = homes & step.members
-            step.add(view, homes, forced=self._is_overdue(view))
+            homes = view.homes if berth is None else berth.homes & step.members
+            step.add(view, homes, forced=self._starves(view))
 
-    def _begin(self, view: RequestView, lane_of: LaneOf) -> None:
+    def _begin(self, view: RequestView, berths: Berths) -> None:
         """The first chunk of a new prompt."""
-        if view.id not in lane_of:
+        if view.id not in berths:
             self._begin_on_one(view)
-        elif not self._begin_alone(view):
-            lane = lane_of[view.id]
+        elif not self._begin_alone(view, berths[view.id]):
+            lane, homes = berths[view.id]
             step = self._open.get(min(lane))
             needed = self._table.blocks(self._table.granted(view))
-            if step is not None and step.members >= lane and self._room_on(lane) >= needed:
-                step.add(view, lane, forced=self._is_overdue(view))
+            if step is not None and step.members >= lane and self._room_on(homes) >= needed:
+                step.add(view, homes, forced=self._starves(view))
 
     def _room_on(self, lane: frozenset[InstanceId]) -> int:
         """Blocks of a lane that nobody with KV there may still need."""
@@ -206,15 +217,27 @@ class Prompts:
                 free -= max(0, grown - table.blocks(view.computed))
         return free
 
-    def _begin_alone(self, view: RequestView) -> bool:
-        """Begins a prompt that takes long on one instance beside the lanes, if it has time."""
+    def _begin_alone(self, view: RequestView, berth: Berth) -> bool:
+        """Begins a prompt that takes long on one instance beside the lanes, if it is done there
+        sooner than in its lane.
+        """
         others = self._table.idle - self._lanes.busy
         if not self._lanes.in_use or not others or not self._lanes.is_small(view.length):
             return False
         if any(len(begun.kv) == 1 and begun.uncomputed > 1 for begun in self._table.begun):
             return False
-        left = self._order.latest(view) - self._clock.now
-        return _ALONE * self._one_s(view) < left and self._begin_on(view, others, spare=2)
+        if _ALONE * self._one_s(view) >= self._lane_s(view, len(berth.lane)):
+            return False
+        return self._begin_on(view, others, spare=2)
+
+    def _lane_s(self, view: RequestView, degree: int) -> float:
+        """How long it takes until a prompt is done in its lane, those before it included [s]."""
+        order, busy = self._order, self._lanes.busy
+        urgency = order.urgency(view)
+        before = {v.id: v for v in self._line if v.id != view.id and self._takes_long(v)}
+        before |= {v.id: v for v in self._table.begun if not busy.isdisjoint(v.homes)}
+        rest = [order.rest_s(v) for v in before.values() if order.urgency(v) >= urgency]
+        return (sum(rest) + order.rest_s(view)) * len(self._table.free) / degree
 
     def _begin_on_one(self, view: RequestView) -> bool:
         """Begins a short prompt: beside the lanes if it can, else along with others there."""
@@ -247,4 +270,4 @@ class Prompts:
         home = max(step.group, key=lambda i: (free[i], -i))
         if free[home] < self._table.blocks(view.length):
             return False
-        return step.add(view, [home], forced=self._is_overdue(view)) > 0
+        return step.add(view, [home], forced=self._starves(view)) > 0

@@ -1,0 +1,279 @@
+"""The plans of `Elastic`, one decision at a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from loongjax.cluster.topology import EverySubset
+from loongjax.costmodel.protocol import ChunkWork
+from loongjax.errors import ConfigError
+from loongjax.plan import (
+    Chunk,
+    DecodeStep,
+    Flight,
+    InstanceView,
+    MigrateStep,
+    Move,
+    Plan,
+    PrefillStep,
+    RequestView,
+    Share,
+    Snapshot,
+    Step,
+    step_requests,
+)
+from loongjax.scheduler import validate
+from loongjax.scheduler.policies import create_policy
+from loongjax.scheduler.policies.elastic import Elastic
+from loongjax.scheduler.policies.elastic.fused import spread
+from loongjax.scheduler.policies.elastic.order import Order
+from tests.scheduler.analytic_cost import AnalyticCost
+
+SLOTS = 200_000
+NOW = 100.0
+
+
+def waiting(name: str, prompt: int, **fields: object) -> RequestView:
+    return RequestView(id=name, prompt=prompt, **{"max_tokens": 100, "arrival": NOW} | fields)
+
+
+def begun(name: str, prompt: int, *kv: tuple[int, int], **fields: object) -> RequestView:
+    shares = tuple(Share(*share) for share in kv)
+    return waiting(
+        name, prompt, computed=sum(share.tokens for share in shares), kv=shares, **fields
+    )
+
+
+def decoding(
+    name: str, *kv: tuple[int, int], generated: int = 50, due_in: float = 0.045, **fields: object
+) -> RequestView:
+    """One whose next token is due so soon, at the default pace."""
+    computed = sum(tokens for _, tokens in kv)
+    return RequestView(
+        id=name,
+        prompt=computed - generated + 1,
+        computed=computed,
+        generated=generated,
+        kv=tuple(Share(*share) for share in kv),
+        first_token=NOW + due_in - 0.045 * generated,
+        **{"max_tokens": 500, "arrival": 1.0, "last_seq": 7} | fields,
+    )
+
+
+def plan(
+    *views: RequestView,
+    instances: int = 4,
+    flying: dict[float, Step] | None = None,
+    **settings: object,
+) -> Plan:
+    """Of a snapshot in which these are all; `flying`: steps in flight by when they began."""
+    flights = tuple(Flight(step, launched) for launched, step in (flying or {}).items())
+    busy = {i: flight.step.seq for flight in flights for i in flight.step.group}
+    held = [sum(dict(view.kv).get(i, 0) for view in views) for i in range(instances)]
+    in_flight = frozenset(name for flight in flights for name in step_requests(flight.step))
+    snapshot = Snapshot(
+        version=0,
+        next_seq=10,
+        block_size=1,
+        max_chunk_tokens=SLOTS,
+        max_rows=256,
+        waiting=tuple(view for view in views if view.uncomputed > 1),
+        running=tuple(view for view in views if view.uncomputed == 1),
+        instances=tuple(
+            InstanceView(
+                id=i,
+                slots=SLOTS,
+                free_slots=SLOTS - held[i],
+                busy_seq=busy.get(i),
+                prefill_seq=busy.get(i),
+            )
+            for i in range(instances)
+        ),
+        in_flight=in_flight,
+        topology=EverySubset(instances),
+        flights=flights,
+    )
+    policy = Elastic(**{"cost": AnalyticCost()} | settings)
+    found = policy.schedule(NOW, snapshot)
+    validate(snapshot, found)
+    assert policy.schedule(NOW, snapshot) == found
+    return found
+
+
+def prefills(found: Plan) -> list[PrefillStep]:
+    return [step for step in found.steps if isinstance(step, PrefillStep)]
+
+
+def seconds(step: PrefillStep) -> float:
+    works = [ChunkWork(chunk.length, chunk.start) for chunk in step.chunks]
+    return AnalyticCost().prefill(len(step.group), works)
+
+
+# ---- steps that last as long as they may ---------------------------------------------
+
+
+def test_a_long_prompt_is_computed_in_chunks_of_equal_time() -> None:
+    first = prefills(plan(waiting("a", 150_000)))[0]
+    (chunk,) = first.chunks
+    assert 0.9 * 0.3 < seconds(first) <= 0.3
+    homes = [(i, chunk.length // len(first.group)) for i in first.group]
+    later = prefills(plan(begun("a", 150_000, *homes)))[0]
+    assert later.chunks[0].start == sum(tokens for _, tokens in homes)
+    assert later.group == first.group
+    assert 0.9 * 0.3 < seconds(later) <= 0.3
+
+
+def test_decodes_ride_along_and_bound_the_step() -> None:
+    rows = [decoding(f"d{i}", (i, 1000)) for i in range(4)]
+    found = plan(*rows, waiting("a", 4000), decode_s=0.045)
+    (step,) = prefills(found)
+    assert {chunk.request for chunk in step.chunks} >= {"a"}
+    assert step.chunks[0].length == 1
+    assert seconds(step) <= 0.045
+    others = [step for step in found.steps if isinstance(step, DecodeStep)]
+    assert len(others) == 3, "the other instances decode"
+
+
+def test_who_is_ahead_of_its_pace_can_wait_for_a_longer_chunk() -> None:
+    lengths = []
+    for due in (0.045, 0.2):
+        rows = [decoding(f"d{i}", (i, 1000), due_in=due) for i in range(4)]
+        (step,) = prefills(plan(*rows, waiting("a", 5000)))
+        lengths.append(step.chunks[-1].length)
+    assert 0 < lengths[0] < lengths[1]
+
+
+def test_who_is_late_gets_its_token_first() -> None:
+    rows = [decoding(f"d{i}", (i, 1000), due_in=-0.01) for i in range(4)]
+    found = plan(*rows, waiting("a", 4000))
+    assert all(isinstance(step, DecodeStep) for step in found.steps)
+
+
+def test_a_prompt_that_starves_gets_on_in_any_case() -> None:
+    rows = [decoding(f"d{i}", (i, 1000), due_in=-0.01) for i in range(4)]
+    (step,) = prefills(plan(*rows, waiting("a", 4000, arrival=0.0)))
+    assert step.chunks[-1].request == "a"
+    assert step.chunks[-1].length < 4000, "by as little as is worth it"
+
+
+def test_decodes_do_not_ride_along_where_that_takes_longer() -> None:
+    """Where history is dear in prefill steps, they have a step of their own afterwards."""
+    rows = [decoding(f"d{i}", (i, 1000), due_in=0.3) for i in range(4)]
+    found = plan(*rows, waiting("a", 1000), cost=AnalyticCost(square=1e-4))
+    assert {len(step.chunks) for step in prefills(found)} <= {1}
+
+
+# ---- order ---------------------------------------------------------------------------
+
+
+def test_a_short_prompt_overtakes_a_long_one_between_its_chunks() -> None:
+    lane = begun("long", 180_000, (0, 20_000), (1, 20_000), (2, 20_000))
+    found = plan(lane, waiting("short", 500), decoding("d", (3, 1000)))
+    by_group = {step.group: step_requests(step) for step in prefills(found)}
+    assert by_group[(3,)] == ("d", "short")
+    assert by_group[(0, 1, 2)] == ("long",)
+
+
+def test_the_order_is_of_waiting_by_what_is_left() -> None:
+    order = Order(AnalyticCost(), 4, now=NOW, floor_s=0.04)
+    long = waiting("long", 150_000, arrival=NOW - 20.0)
+    short = waiting("short", 500, arrival=NOW - 0.3)
+    assert order.first([long, short], 1) == [short]
+    just_came = replace(short, arrival=NOW - 0.1)
+    assert order.first([long, just_came], 1) == [long]
+    shares = (Share(0, 149_000),)
+    nearly_done = replace(long, id="nearly", computed=149_000, kv=shares, arrival=NOW - 4.0)
+    assert order.first([long, short, nearly_done], 1) == [nearly_done]
+    urgent = replace(long, id="deadline", deadline=NOW + 5.0)
+    assert order.first([long, short, urgent], 1) == [urgent]
+    first = replace(long, priority=1)
+    assert order.first([first, short, urgent], 1) == [first]
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 1000, 1024, 99_999])
+def test_times_alone_are_interpolated(tokens: int) -> None:
+    order = Order(AnalyticCost(), 2, now=NOW, floor_s=0.04)
+    exact = AnalyticCost().prefill(2, [ChunkWork(tokens, 0)])
+    assert order.alone_s(tokens) == pytest.approx(exact, rel=0.2)
+
+
+# ---- lanes ---------------------------------------------------------------------------
+
+
+def test_a_lane_leaves_an_instance_to_decodes() -> None:
+    (step,) = prefills(plan(waiting("a", 150_000)))
+    assert len(step.group) == 3
+    kept = {share.instance for placement in step.keep for share in placement.shares}
+    assert kept == set(step.group), "its KV lies evenly on the lane"
+
+
+def test_two_long_prompts_share_a_lane() -> None:
+    first = begun("a", 150_000, (0, 9_000), (1, 9_000), (2, 9_000), arrival=NOW - 10)
+    found = plan(first, waiting("b", 40_000))
+    groups = {step.group for step in prefills(found)}
+    assert (0, 1, 2) in groups
+    assert groups <= {(0, 1, 2), (3,)}
+
+
+def test_what_needs_all_instances_gets_them() -> None:
+    (step,) = prefills(plan(waiting("a", 3 * SLOTS + 1000)))
+    assert step.group == (0, 1, 2, 3)
+
+
+def test_a_lane_waits_until_all_of_it_is_idle() -> None:
+    """What is idle of it does nothing that lasts longer."""
+    chunk = Chunk(request="s", start=0, length=1000, last=True)
+    flying = PrefillStep(seq=9, group=(2,), chunks=(chunk,), keep=())
+    views = [
+        begun("long", 180_000, (0, 20_000), (1, 20_000), (2, 20_000)),
+        replace(decoding("s", (2, 1000), generated=0), last_seq=9),
+    ]
+    found = plan(*views, flying={NOW - 0.05: flying})
+    assert not found.steps
+
+
+# ---- decodes move out of the way -----------------------------------------------------
+
+
+def test_decodes_move_away_from_a_lane() -> None:
+    lane = begun("long", 180_000, (0, 20_000), (1, 20_000), (2, 20_000))
+    found = plan(lane, decoding("d", (1, 3000)), decoding("e", (3, 1000)))
+    (move,) = [step for step in found.steps if isinstance(step, MigrateStep)]
+    assert move.moves == (Move("d", 1, 3, 3000),)
+    assert move.group == (1, 3)
+
+
+def test_decodes_stay_if_they_would_be_too_slow_together() -> None:
+    lane = begun("long", 180_000, (0, 20_000), (1, 20_000), (2, 20_000))
+    crowd = [decoding(f"e{i}", (3, 1000)) for i in range(150)]
+    found = plan(lane, decoding("d", (1, 3000)), *crowd)
+    assert not any(isinstance(step, MigrateStep) for step in found.steps)
+
+
+# ---- settings ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "elastic:decode_s=0",
+        "elastic:chunk_s=-1",
+        "elastic:floor_s=-1",
+        "elastic:headroom=-1",
+    ],
+)
+def test_wrong_settings_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=text.partition(":")[2].partition("=")[0]):
+        create_policy(text, AnalyticCost())
+
+
+def test_kv_is_spread_evenly_over_what_there_is() -> None:
+    view = begun("a", 1000, (0, 64), (1, 0))
+    assert spread(view, [0, 1, 2], [100, 100, 100], 20, 16) == {0: 4, 1: 8, 2: 8}
+    assert spread(view, [0, 1], [5, 5, 5], 10, 16) == {0: 5, 1: 5}
+    assert spread(view, [0], [9], 3, 16) == {0: 3}
+    tight = spread(view, [0, 1, 2], [100, 2, 100], 20, 16)
+    assert tight[1] == 2
+    assert abs(4 + tight[0] - tight[2]) <= 2
