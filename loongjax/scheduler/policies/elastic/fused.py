@@ -37,6 +37,7 @@ class FusedStep:
       group: Where.
       members: The same as a set.
       budget: How long it may last [s].
+      meets: Whether somebody waits for its end, so that it lasts no longer in any case.
     """
 
     def __init__(
@@ -46,6 +47,8 @@ class FusedStep:
         group: Group,
         riders: Sequence[RequestView],
         budget: float,
+        *,
+        meets: bool = False,
     ) -> None:
         """Takes blocks for the next tokens of all `riders`, whose KV lies on the group.
 
@@ -54,6 +57,7 @@ class FusedStep:
         self.group = group
         self.members = frozenset(group)
         self.budget = budget
+        self.meets = meets
         self._table = table
         self._cost = cost
         self._riders = [
@@ -130,12 +134,14 @@ class FusedStep:
         Args:
           view: The prompt.
           homes: Instances of the group that are to keep its KV.
-          forced: Whether it gets on though there is no time for it, by as little as is worth it.
+          forced: Whether it gets on though there is no time for it, by as little as is worth it,
+            if it is the first one.
 
         Returns:
           How many tokens, maybe none.
         """
-        tokens = self._fit(view, forced or not (self._riders or self._works))
+        forced = not self._works and not self.meets and (forced or not self._riders)
+        tokens = self._fit(view, forced)
         table, size = self._table, self._table.snapshot.block_size
         tail = 0 if view.tail is None else view.tail.tokens
         if tail + size * sum([table.free[i] for i in homes]) < tokens:

@@ -16,6 +16,9 @@ from loongjax.scheduler.policies.elastic.clock import Clock
 from loongjax.scheduler.policies.elastic.lanes import Lanes
 from loongjax.scheduler.policies.worktable import Worktable
 
+_EARLY = 0.1
+"""Part of the time from token to token by which one is to be idle before the other: whoever comes
+too late misses it, for that one does not know."""
 _SPARE_PART = 0.9
 """Part of the time from token to token that a step may take where a request moves to."""
 
@@ -38,7 +41,7 @@ class Gathering:
         """Lets idle ones of these wait for those that are busy, unless they wait already."""
         waits = [self._clock.idle_in[i] for i in instances if i in self._clock.idle_in]
         for instance in instances if waits else ():
-            self.meetings.setdefault(instance, max(waits))
+            self.meetings.setdefault(instance, max(waits) - _EARLY * self._clock.pace_s)
 
     def move(self, lanes: frozenset[InstanceId], seq: int) -> MigrateStep | None:
         """Moves whom it can from these instances, all to one."""

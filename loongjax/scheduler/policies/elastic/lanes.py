@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 from loongjax.costmodel.protocol import ChunkWork, CostModel, DecodeWork
 from loongjax.plan import InstanceId, RequestId, RequestView
@@ -25,13 +24,6 @@ _CONSTANT_PART = 0.15
 _DECODING_PART = 0.6
 """Part of the time from token to token that decodes may take on instances left to them; short
 prompts get the rest."""
-
-
-class Berth(NamedTuple):
-    """Where a prompt that takes long is computed, and the part of it that keeps its KV."""
-
-    lane: frozenset[InstanceId]
-    homes: frozenset[InstanceId]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -117,8 +109,8 @@ class Lanes:
         """Instances of any lane in use."""
         return frozenset[InstanceId]().union(*self.in_use)
 
-    def choose(self, longs: Iterable[RequestView]) -> dict[RequestId, Berth]:
-        """A berth for each prompt that takes long, the most urgent first; none for some."""
+    def choose(self, longs: Iterable[RequestView]) -> dict[RequestId, frozenset[InstanceId]]:
+        """A lane for each prompt that takes long, the most urgent first; none for some."""
         lanes = [_Lane(members=members) for members in self.in_use]
         found: list[tuple[RequestView, _Lane]] = []
         for view in longs:
@@ -129,9 +121,7 @@ class Lanes:
             if lane is not None:
                 lane.waiting += 1
                 found.append((view, lane))
-        return {
-            view.id: Berth(lane.members, self._homes(view, lane.members)) for view, lane in found
-        }
+        return {view.id: lane.members for view, lane in found}
 
     def _size(self, view: RequestView) -> int:
         """How many instances a prompt should get."""
@@ -165,16 +155,6 @@ class Lanes:
             grown = wider
         lane.members = grown
         return lane
-
-    def _homes(self, view: RequestView, lane: frozenset[InstanceId]) -> frozenset[InstanceId]:
-        """The part of a lane that keeps a prompt's KV: all of it, unless decodes need more
-        instances since it was made. Then it becomes smaller when those before have ended.
-        """
-        size = self._size(view)
-        if size >= len(lane):
-            return lane
-        more = sorted(lane - view.homes, key=self._rank)[: max(0, size - len(view.homes))]
-        return view.homes.union(more)
 
     def _rank(self, instance: InstanceId) -> tuple[int, int, int]:
         """Which instances are better for prompts that take long: those with the fewest decodes."""

@@ -1,6 +1,6 @@
 """Whose prompt is computed first: whoever has waited longest, by what is left of it to compute.
 
-    urgency = waited / time that the rest takes alone on all instances
+    urgency = (waited + 2 s) / time that the rest takes alone on all instances
 
 So a short prompt overtakes a long one soon after it came, who is nearly done is not interrupted,
 and the longest one goes first in the end (as in highest response ratio next). When many wait, the
@@ -18,8 +18,8 @@ from loongjax.plan import RequestId, RequestView
 
 _SIZES = tuple(1 << power for power in range(22))
 _LEAST_S = 1e-3
-import os
-_HEAD_START_S = float(os.environ.get("HS","2"))
+_HEAD_START_S = 2.0
+"""As if everyone had waited so long when it came: among those who just came, the shortest is first."""
 
 
 class Order:

@@ -24,19 +24,23 @@ from loongjax.scheduler.policies.chunks import next_chunk
 from loongjax.scheduler.policies.elastic.clock import Clock
 from loongjax.scheduler.policies.elastic.fused import FusedStep
 from loongjax.scheduler.policies.elastic.gathering import Gathering
-from loongjax.scheduler.policies.elastic.lanes import Berth, Lanes
+from loongjax.scheduler.policies.elastic.lanes import Lanes
 from loongjax.scheduler.policies.elastic.order import Order
 from loongjax.scheduler.policies.worktable import Worktable, line_key
 
 _MOST_PROMPTS = 64
 """How many are looked at in one plan."""
+_CATCHING_UP = 0.8
+"""Part of the time from token to token that a step may take though somebody is late: the rest is
+what they catch up by, and prompts get on meanwhile."""
 _STARVING = 25.0
 """A prompt that is so urgent gets on at the cost of those who decode."""
-_ALONE = 1.5
-"""A prompt takes so many times as long on one instance beside decodes as on one of its own."""
+_ALONE = 3.0
+"""A prompt takes so many times as long on one instance beside decodes, at most, as on one of its
+own."""
 
 
-Berths: TypeAlias = Mapping[RequestId, Berth]
+LaneOf: TypeAlias = Mapping[RequestId, frozenset[InstanceId]]
 
 
 class Prompts:
@@ -77,22 +81,22 @@ class Prompts:
         """Makes the steps."""
         table = self._table
         longs = [view for view in self._line if self._takes_long(view)]
-        berths = self._lanes.choose(longs)
-        self._move(berths)
+        lane_of = self._lanes.choose(longs)
+        self._move(lane_of)
         for view in table.near:
             if len(view.kv) > 1 and not table.idle.issuperset(view.homes):
                 self._gathering.meet(view.homes)
         for view in longs:
-            if view.id in berths:
-                self._open_lane(berths[view.id].lane)
+            if view.id in lane_of:
+                self._open_lane(lane_of[view.id])
         full = False
         for view in self._line:
             if view.kv:
-                self._go_on(view, berths)
+                self._go_on(view, lane_of)
             elif not full and not self._has_memory(view):
                 full = True  # whoever comes behind does not take what it waits for
             elif not full:
-                self._begin(view, berths)
+                self._begin(view, lane_of)
         for step in dict.fromkeys(self._open.values()):
             self._finish(step)
         pace_s = self._clock.pace_s
@@ -140,8 +144,8 @@ class Prompts:
 
     # ---- steps -----------------------------------------------------------------------
 
-    def _move(self, berths: Berths) -> None:
-        lanes = self._lanes.busy.union(*(berth.lane for berth in berths.values()))
+    def _move(self, lane_of: LaneOf) -> None:
+        lanes = self._lanes.busy.union(*lane_of.values())
         step = self._gathering.move(lanes, self._table.snapshot.next_seq)
         if step is not None:
             self.steps.append(step)
@@ -165,12 +169,11 @@ class Prompts:
         riders = [view for view in table.near if members.issuperset(view.homes)]
         if len(riders) > table.snapshot.max_rows * len(found):
             return None
-        budget = min(
-            self._chunk_s,
-            *(due_on.get(i, math.inf) for i in found),
-            *(self._gathering.meetings.get(i, math.inf) for i in found),
-        )
-        step = FusedStep(table, self._cost, found, riders, budget)
+        due = min([due_on.get(i, math.inf) for i in found])
+        meeting = min([self._gathering.meetings.get(i, math.inf) for i in found])
+        budget = min(self._chunk_s, max(due, _CATCHING_UP * self._clock.pace_s), meeting)
+        meets = meeting < math.inf
+        step = FusedStep(table, self._cost, found, riders, budget, meets=meets)
         self._open.update(dict.fromkeys(found, step))
         table.claim(found)
         return step
@@ -186,26 +189,29 @@ class Prompts:
 
     # ---- prompts ---------------------------------------------------------------------
 
-    def _go_on(self, view: RequestView, berths: Berths) -> None:
+    def _go_on(self, view: RequestView, lane_of: LaneOf) -> None:
         """The next chunk of a prompt that is begun."""
-        berth = berths.get(view.id)
         step = self._open.get(next(iter(view.homes)))
         if step is None and self._table.idle.issuperset(view.homes):
             step = self._open_step(tuple(sorted(view.homes)))
         if step is not None and step.members >= view.homes:
-            homes = view.homes if berth is None else berth.homes & step.members
+            homes = lane_of.get(view.id, view.homes) & step.members
             step.add(view, homes, forced=self._starves(view))
 
-    def _begin(self, view: RequestView, berths: Berths) -> None:
+    def _begin(self, view: RequestView, lane_of: LaneOf) -> None:
         """The first chunk of a new prompt."""
-        if view.id not in berths:
+        if view.id not in lane_of:
             self._begin_on_one(view)
-        elif not self._begin_alone(view, berths[view.id]):
-            lane, homes = berths[view.id]
-            step = self._open.get(min(lane))
-            needed = self._table.blocks(self._table.granted(view))
-            if step is not None and step.members >= lane and self._room_on(homes) >= needed:
-                step.add(view, homes, forced=self._starves(view))
+        elif not self._begin_on_lane(view, lane_of[view.id]):
+            self._begin_alone(view)
+
+    def _begin_on_lane(self, view: RequestView, lane: frozenset[InstanceId]) -> bool:
+        """Begins a prompt that takes long, if there is time and memory for it."""
+        step = self._open.get(min(lane))
+        needed = self._table.blocks(self._table.granted(view))
+        if step is None or not step.members >= lane or self._room_on(lane) < needed:
+            return False
+        return step.add(view, lane, forced=self._starves(view)) > 0
 
     def _room_on(self, lane: frozenset[InstanceId]) -> int:
         """Blocks of a lane that nobody with KV there may still need."""
@@ -217,27 +223,19 @@ class Prompts:
                 free -= max(0, grown - table.blocks(view.computed))
         return free
 
-    def _begin_alone(self, view: RequestView, berth: Berth) -> bool:
-        """Begins a prompt that takes long on one instance beside the lanes, if it is done there
-        sooner than in its lane.
+    def _begin_alone(self, view: RequestView) -> bool:
+        """Begins a prompt that takes long on one instance beside the lanes, one at a time, if it is
+        not done so late there that it would become urgent.
         """
-        others = self._table.idle - self._lanes.busy
+        table = self._table
+        others = table.idle - self._lanes.busy
         if not self._lanes.in_use or not others or not self._lanes.is_small(view.length):
             return False
-        if any(len(begun.kv) == 1 and begun.uncomputed > 1 for begun in self._table.begun):
+        if any(len(begun.kv) == 1 and begun.uncomputed > 1 for begun in table.begun):
             return False
-        if _ALONE * self._one_s(view) >= self._lane_s(view, len(berth.lane)):
-            return False
-        return self._begin_on(view, others, spare=2)
-
-    def _lane_s(self, view: RequestView, degree: int) -> float:
-        """How long it takes until a prompt is done in its lane, those before it included [s]."""
-        order, busy = self._order, self._lanes.busy
-        urgency = order.urgency(view)
-        before = {v.id: v for v in self._line if v.id != view.id and self._takes_long(v)}
-        before |= {v.id: v for v in self._table.begun if not busy.isdisjoint(v.homes)}
-        rest = [order.rest_s(v) for v in before.values() if order.urgency(v) >= urgency]
-        return (sum(rest) + order.rest_s(view)) * len(self._table.free) / degree
+        waited = self._clock.now - view.arrival
+        late = waited + _ALONE * self._one_s(view) > _STARVING * self._order.rest_s(view)
+        return not late and self._begin_on(view, others, spare=2)
 
     def _begin_on_one(self, view: RequestView) -> bool:
         """Begins a short prompt: beside the lanes if it can, else along with others there."""
