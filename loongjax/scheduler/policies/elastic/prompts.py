@@ -30,7 +30,7 @@ from loongjax.scheduler.policies.worktable import Worktable, line_key
 
 _MOST_PROMPTS = 64
 """How many are looked at in one plan."""
-_CATCHING_UP = 0.8
+_CATCHING_UP = 0.5
 """Part of the time from token to token that a step may take though somebody is late: the rest is
 what they catch up by, and prompts get on meanwhile."""
 _STARVING = 25.0
