@@ -21,6 +21,7 @@ import argparse
 import csv
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,8 @@ from pathlib import Path
 
 import matplotlib
 
+if __package__ is None:  # run as a file
+    sys.path.insert(0, str(Path(__file__).parents[1]))
 matplotlib.use("Agg")
 from matplotlib.figure import Figure
 
