@@ -96,6 +96,7 @@ LOONGSERVE_HOST = HostTime(turn_s=0.3e-3, step_s=0.5e-3, row_s=0.14e-3)
 # comes every second, where the cost model says 7.6.
 PYTHON_STEP_S = 12.5e-3
 PRECISION = 0.02
+CALIBRATION = 0.005
 LONGEST_ROW_S = 5e-3
 LONGEST_FUSED_S = 50e-3
 SLOWEST_ATTENTION = 8.0
@@ -200,9 +201,11 @@ class Paper:
         name = policy.partition(":")[0]
         if name not in MAXIMUM or name == "loongserve":
             return WITHIN_LOONGSERVE
-        engine = slower(name, self._calibrated(name, "host", self.calibrate_host))
         attention = self._calibrated(name, "attention", self.calibrate_attention)
-        return replace(engine, attention=attention)
+        return replace(self._by_host(name), attention=attention)
+
+    def _by_host(self, name: str) -> Engine:
+        return slower(name, self._calibrated(name, "host", self.calibrate_host))
 
     def _calibrated(self, name: str, what: str, make: Callable[[str], float]) -> float:
         return self.value(
@@ -220,7 +223,7 @@ class Paper:
         """How many times as long its attention takes if it meets its published maximum rate of the
         longest prompts that it could serve.
         """
-        host = slower(name, self._calibrated(name, "host", self.calibrate_host))
+        host = self._by_host(name)
         workload = "lveval" if "lveval" in MAXIMUM[name] else "leval"
         return self._highest(
             name, workload, lambda times: replace(host, attention=times), (1.0, SLOWEST_ATTENTION)
@@ -232,16 +235,14 @@ class Paper:
         """The highest of a baseline's numbers with which it keeps its published rate."""
         policy = self.variants(name, workload, "published")[0]
         rate, jobs = MAXIMUM[name][workload], self.jobs(workload)
-        low, high = bounds
-        for _ in range(8):
-            middle = (low + high) / 2
-            deployment = self.deployment(policy, make(middle))
+
+        def keeps(number: float) -> bool:
+            deployment = self.deployment(policy, make(number))
             in_time = is_in_time(jobs, policy, deployment, LIMITS[workload], rate)
-            if in_time and saturated_rate(jobs, policy, deployment) >= rate:
-                low = middle
-            else:
-                high = middle
-        return low
+            return in_time and saturated_rate(jobs, policy, deployment) >= rate
+
+        low, high = bounds
+        return highest(keeps, low, high, CALIBRATION * (high - low))
 
     @staticmethod
     def deployment(
@@ -276,9 +277,8 @@ class Paper:
         """P90 goodput, every class at 90 % where the comparison is fair. The paper ran what it
         compared with here within LoongServe.
         """
-        engine, found = self.engine(policy, mode), []
-        if engine is not None and policy in ZIPF:
-            engine = WITHIN_LOONGSERVE
+        within = mode == "published" and policy in ZIPF
+        engine, found = WITHIN_LOONGSERVE if within else self.engine(policy, mode), []
         for name in self.variants(policy, workload, mode):
             deployment = self.deployment(name, engine)
             good = find_goodput(
@@ -387,12 +387,18 @@ def maximum_rate(jobs: Sequence[Job], policy: str, deployment: Deployment, limit
     """
     bound = fluid_rate(jobs, deployment)
     low, high = 0.0, min(bound, saturated_rate(jobs, policy, deployment))
-    if is_in_time(jobs, policy, deployment, limit, high):
-        return high
-    while high - low > PRECISION * bound:
-        rate = (low + high) / 2
-        passes = is_in_time(jobs, policy, deployment, limit, rate)
-        low, high = (rate, high) if passes else (low, rate)
+
+    def passes(rate: float) -> bool:
+        return is_in_time(jobs, policy, deployment, limit, rate)
+
+    return high if passes(high) else highest(passes, low, high, PRECISION * bound)
+
+
+def highest(passes: Callable[[float], bool], low: float, high: float, precision: float) -> float:
+    """The highest number that passes, by bisection between one that does and one that does not."""
+    while high - low > precision:
+        middle = (low + high) / 2
+        low, high = (middle, high) if passes(middle) else (low, middle)
     return low
 
 
