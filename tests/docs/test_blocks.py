@@ -64,6 +64,7 @@ NOT_RUN = {
     "loongjax bench engine": "26 minutes; parsed",
     "loongjax bench serve": "a minute; tests/serving/test_bench.py runs a shorter one; parsed",
     "loongjax bench chaos": "a minute; tests/serving/test_bench.py runs a shorter one; parsed",
+    "loongjax bench offline": "minutes, and tests/bench/test_offline.py runs a shorter one; parsed",
     "loongjax bench scheduler --case 10000": "a minute; parsed",
     "loongjax aot": "compilers of 600 MB; parsed",
     "python scripts/bench_peers.py": "installs some gigabytes; parsed",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -12,11 +13,11 @@ from scripts import reproduce_paper
 from scripts.reproduce_paper import (
     WITHIN_LOONGSERVE,
     Cell,
-    Engine,
     Paper,
     main,
     maximum_rate,
     saturated_rate,
+    slower,
 )
 
 
@@ -77,19 +78,34 @@ def test_loongserve_is_calibrated_only_where_that_is_said(tmp_path, mode):
     assert engine == (None if mode == "fair" else WITHIN_LOONGSERVE)
 
 
-def test_a_step_time_below_zero_makes_steps_with_decodes_faster():
-    """Of an engine whose published rate is higher than the cost model allows."""
-    slow, fast = (
-        Paper.deployment("chunked_prefill", Engine.of_step(seconds)) for seconds in (0.002, -0.004)
-    )
-    assert (slow.cost.host.step_s, fast.cost.host.step_s) == (0.002, 0.0)
-    constants = [d.cost.prefill_fit(1).resumed_constant_s for d in (slow, fast)]
-    assert constants[0] - constants[1] == pytest.approx(0.004)
+def test_published_engines_have_another_host_attention_and_fused_steps():
+    plain = Paper.deployment("chunked_prefill", None).cost.prefill_fit(1)
+    engine = replace(slower("chunked_prefill", 0.004), attention=2.0)
+    fast = Paper.deployment("chunked_prefill", engine)
+    changed = fast.cost.prefill_fit(1)
+    assert changed.resumed_constant_s == 0.004
+    assert (changed.square_s, changed.token_s) == (2.0 * plain.square_s, plain.token_s)
     assert fast.limits.steps_ahead == 0
+    slow = Paper.deployment("tp", slower("tp", 0.002))
+    assert (slow.cost.host.step_s, slow.cost.host.row_s) == (0.0125, 0.002)
+
+
+def test_a_baseline_is_as_slow_as_its_published_rate_says(tmp_path, monkeypatch):
+    """Of one that keeps a rate of 1 / (100 x its host's time for a request)."""
+
+    def rate(deployment):
+        return 0.01 / deployment.cost.host.row_s
+
+    monkeypatch.setattr(
+        reproduce_paper, "is_in_time", lambda jobs, policy, d, limit, wanted: rate(d) >= wanted
+    )
+    monkeypatch.setattr(reproduce_paper, "saturated_rate", lambda jobs, policy, d: rate(d))
+    found = Paper(tmp_path, 20, 0).calibrate_host("tp")
+    assert found == pytest.approx(0.01 / 6.351, abs=5e-3 / 2**8)
 
 
 def test_what_the_paper_ran_within_loongserve_has_its_host(tmp_path, monkeypatch):
-    engines = []
+    engines, chunked = [], "chunked_prefill"
 
     def record(policy, engine, *rest, **cut):
         engines.append(engine)
@@ -102,5 +118,5 @@ def test_what_the_paper_ran_within_loongserve_has_its_host(tmp_path, monkeypatch
     with pytest.raises(InterruptedError):
         Paper(tmp_path, 10, 0).goodput("tp", "zipf:1.0", "published")
     with pytest.raises(InterruptedError):
-        Paper(tmp_path, 10, 0).goodput("chunked_prefill", "zipf:1.0", "published")
-    assert engines == [None, WITHIN_LOONGSERVE, Engine.of_step(0.1)]
+        Paper(tmp_path, 10, 0).goodput(chunked, "zipf:1.0", "published")
+    assert engines == [None, WITHIN_LOONGSERVE, replace(slower(chunked, 0.1), attention=0.1)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 import subprocess
@@ -43,20 +44,23 @@ def gateway(running, model, tmp_path_factory):
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
     try:
         url = f"http://127.0.0.1:{port}"
-        _wait_for_models(process, url, log)
+        _wait_until_it_serves(process, url, log)
         yield url
     finally:
         process.terminate()
         process.wait(PATIENCE_S)
 
 
-def _wait_for_models(process: subprocess.Popen, url: str, log: Path) -> None:
+def _wait_until_it_serves(process: subprocess.Popen, url: str, log: Path) -> None:
+    """It lists a model some time before it has fetched the model's tokenizer."""
+    body = json.dumps({"model": "tiny", "prompt": "x", "max_tokens": 1}).encode()
+    headers = {"Content-Type": "application/json"}
     end = time.monotonic() + PATIENCE_S
     while time.monotonic() < end and process.poll() is None:
         try:
-            with urllib.request.urlopen(f"{url}/v1/models", timeout=5) as response:
-                if b"tiny" in response.read():
-                    return
+            request = urllib.request.Request(f"{url}/v1/completions", body, headers)
+            with urllib.request.urlopen(request, timeout=5):
+                return
         except (urllib.error.URLError, OSError):
             pass
         time.sleep(0.2)

@@ -1,6 +1,6 @@
 """`LLM.generate` on a file of prompts, for `loongjax bench offline`.
 
-python llm.py MODEL DTYPE INPUT OUTPUT
+python -P llm.py SETTINGS INPUT OUTPUT
 """
 
 from __future__ import annotations
