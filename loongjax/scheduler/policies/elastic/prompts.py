@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import TypeAlias
 
 from loongjax.costmodel.protocol import ChunkWork, CostModel
 from loongjax.plan import (
