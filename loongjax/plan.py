@@ -302,6 +302,15 @@ class Rejection(NamedTuple):
     reason: str
 
 
+class Reason(NamedTuple):
+    """Why a request runs where it does, or waits. As long as that stays so the text stays the
+    same, for only changes are kept.
+    """
+
+    request: RequestId
+    text: str
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """What a policy decided.
@@ -315,12 +324,14 @@ class Plan:
         before the first one's tokens are known. A group that is left out becomes idle when
         what is in flight on it has ended. Nothing of the group can be preempted, moved or
         regrouped before that, so leave out what anybody waits for.
+      reasons: Why some of the requests run or wait; for people, nothing depends on them.
     """
 
     steps: tuple[Step, ...] = ()
     preempt: tuple[RequestId, ...] = ()
     reject: tuple[Rejection, ...] = ()
     ahead: frozenset[Group] = frozenset()
+    reasons: tuple[Reason, ...] = ()
 
 
 class TokenLogprobs(NamedTuple):

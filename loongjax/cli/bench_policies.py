@@ -86,5 +86,6 @@ def _print(policy: str, each: dict[str, Any]) -> None:
     print(
         f"{policy}: TTFT of short prompts p50 {short['p50']:.2f} s, p99 {short['p99']:.2f} s "
         f"(alone {alone['p50']:.2f}, {alone['p99']:.2f}); of long ones "
-        f"{each['long_ttft_s']:.1f} s; longest chunk {each['longest_chunk_s']:.2f} s; {each['tokens_per_s']:.0f} tokens/s"
+        f"{each['long_ttft_s']:.1f} s; longest chunk {each['longest_chunk_s']:.2f} s; "
+        f"{each['tokens_per_s']:.0f} tokens/s"
     )

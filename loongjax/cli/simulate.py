@@ -27,6 +27,7 @@ from loongjax.simulator import (
     simulate,
     workload_names,
 )
+from loongjax.timeline import Timeline
 
 _EPILOG = """\
 A trace is a CSV of Azure (TIMESTAMP,ContextTokens,GeneratedTokens), JSON lines of Mooncake
@@ -64,6 +65,12 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         action="store_true",
         help="search the highest rate at which 90 %% of requests are served well; the rest of "
         "the report is of a run at the sustainable one",
+    )
+    parser.add_argument(
+        "--explain",
+        metavar="ID",
+        help="tell what happened to one request and why: r0 is the first that came, unless its "
+        "trace names it",
     )
     add_json_option(parser)
     parser.set_defaults(run=run)
@@ -171,8 +178,9 @@ def run(options: argparse.Namespace) -> None:
         goodput = find_goodput(jobs, deployment, policy, objective)
         if goodput.sustainable > 0.0:
             jobs = at_rate(jobs, goodput.sustainable)
+    simulated = simulate(jobs, deployment, policy)
     result = report(
-        simulate(jobs, deployment, policy),
+        simulated,
         deployment,
         policy=options.policy,
         workload=options.workload,
@@ -180,6 +188,10 @@ def run(options: argparse.Namespace) -> None:
     )
     if goodput is not None:
         result["goodput"] = describe_goodput(goodput)
+    if options.explain is not None:
+        history = simulated.history
+        timeline = Timeline.from_steps(history.steps(), requests=history.requests())
+        result["explained"] = timeline.explain(options.explain).split("\n")
     if options.json:
         print(json.dumps(result), flush=True)
     else:
@@ -286,6 +298,8 @@ def describe(result: dict[str, Any], deployment: Deployment) -> str:
         names = ("paper", "every_class", "sustainable", "saturated", "bound")
         rates = ", ".join(f"{name} {_number(found[name])}" for name in names)
         lines.append(f"goodput [requests/s]: {rates}")
+    if "explained" in result:
+        lines += ["", *result["explained"]]
     return "\n".join(lines)
 
 

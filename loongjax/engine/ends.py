@@ -81,6 +81,8 @@ class Ends:
 
     def close(self, request: Request) -> None:
         """Frees what a request has, now or when the step that works on it has ended."""
+        if request.is_stem:
+            self._history.forget(request.id)
         if self._state.end(request):
             self.forget(request)
 

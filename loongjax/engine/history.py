@@ -10,10 +10,12 @@ from __future__ import annotations
 import threading
 from collections import Counter, deque
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import islice
 from typing import NamedTuple
 
 from loongjax.engine.messages import (
+    Decision,
     EngineStats,
     FinishReason,
     InstanceStats,
@@ -29,6 +31,7 @@ from loongjax.plan import (
     InstanceId,
     MigrateStep,
     PrefillStep,
+    Reason,
     RequestId,
     Share,
     Snapshot,
@@ -44,6 +47,8 @@ MENTIONS = 10
 """Requests that are named in a record that is kept, on average at most: about 160 bytes each."""
 SAMPLES = 2
 """Of the pool, for each record that is kept: about 150 bytes each."""
+DECISIONS = 200
+"""About one request, that are kept: about 100 bytes each."""
 
 
 _KINDS: dict[type[Step], StepKind] = {
@@ -83,6 +88,7 @@ class History:
         self._indexed = 0  # of all that ended, those that are in `_by_request`, or were
         self._mentions = 0
         self._ended: deque[RequestRecord] = deque(maxlen=max_records)
+        self._decisions: dict[RequestId, deque[Decision]] = {}
         self._pool: deque[PoolSample] = deque()
         self._pool_before: dict[InstanceId, PoolSample] = {}
         self._used: dict[InstanceId, int] = {}
@@ -126,11 +132,27 @@ class History:
         with self._lock:
             self._recomputed += 1
 
+    def add_reasons(self, time: float, reasons: Iterable[Reason]) -> None:
+        """What a plan said of open requests; only what changed is kept."""
+        with self._lock:
+            for name, text in reasons:
+                told = self._decisions.get(name)
+                if told is None:
+                    told = self._decisions[name] = deque(maxlen=DECISIONS)
+                if not told or told[-1].text != text:
+                    told.append(Decision(time, text))
+
     def add_end(self, record: RequestRecord, reason: FinishReason) -> None:
         """A request ended."""
         with self._lock:
             self._finished[reason] += 1
-            self._ended.append(record)
+            decisions = tuple(self._decisions.pop(record.id, ()))
+            self._ended.append(replace(record, decisions=decisions) if decisions else record)
+
+    def forget(self, stem: RequestId) -> None:
+        """A stem is closed, of which no end is told."""
+        with self._lock:
+            self._decisions.pop(stem, None)
 
     def add_pool(self, time: float, used: Iterable[Share]) -> None:
         """The use of some instances' pools; only what changed is kept."""
@@ -169,15 +191,20 @@ class History:
             ended = tuple(self._by_request.get(request, ()))
         return tuple([make_record(step, result) for step, result, _ in ended])
 
-    def requests(self, snapshot: Snapshot) -> tuple[RequestRecord, ...]:
+    def requests(self, snapshot: Snapshot | None = None) -> tuple[RequestRecord, ...]:
         """Kept ended requests, then those open in `snapshot` that have not ended since."""
         with self._lock:
             ended = tuple(self._ended)
+            decisions = {name: tuple(told) for name, told in self._decisions.items()}
         known = {(record.id, record.arrival) for record in ended}
-        views = (*snapshot.running, *snapshot.waiting)
+        views = () if snapshot is None else (*snapshot.running, *snapshot.waiting)
         return ended + tuple(
             RequestRecord(
-                id=view.id, prompt=view.prompt, generated=view.generated, arrival=view.arrival
+                id=view.id,
+                prompt=view.prompt,
+                generated=view.generated,
+                arrival=view.arrival,
+                decisions=decisions.get(view.id, ()),
             )
             for view in views
             if (view.id, view.arrival) not in known

@@ -250,6 +250,8 @@ class Loop:
         return self._state.snapshot()
 
     def _carry_out(self, plan: Plan) -> None:
+        if plan.reasons:
+            self._history.add_reasons(self._executor.now(), plan.reasons)
         for rejection in plan.reject:
             request = self._state.open[rejection.request]
             self._ends.end(request, "error", error=rejection.reason, time=self._executor.now())

@@ -152,6 +152,13 @@ class StepRecord:
         return len(self.group)
 
 
+class Decision(NamedTuple):
+    """From `time` [s, engine clock] on, this was why a request ran where it did, or waited."""
+
+    time: float
+    text: str
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RequestRecord:
     """A request that ended, or one that is open still, for timelines.
@@ -163,6 +170,7 @@ class RequestRecord:
       arrival, end: When it came and ended [s, engine clock]; `end` None while it is open.
       first_scheduled, first_token: When it first ran and first said something; None: it never
         came to that, or it is open still.
+      decisions: What its policy said of it, by time; the latest of many.
     """
 
     id: RequestId
@@ -173,6 +181,7 @@ class RequestRecord:
     first_scheduled: float | None = None
     first_token: float | None = None
     end: float | None = None
+    decisions: tuple[Decision, ...] = ()
 
 
 class PoolSample(NamedTuple):

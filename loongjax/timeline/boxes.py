@@ -16,7 +16,7 @@ from matplotlib.patheffects import withStroke
 
 from loongjax.engine.messages import StepKind
 from loongjax.plan import Group
-from loongjax.timeline.runs import Run, row_pieces, runs_of, spans_of
+from loongjax.timeline.runs import Run, plural, row_pieces, runs_of, spans_of
 from loongjax.timeline.style import (
     FAILED,
     FONT_PT,
@@ -27,7 +27,7 @@ from loongjax.timeline.style import (
     group_colours,
     mix,
 )
-from loongjax.timeline.timeline import Timeline, plural
+from loongjax.timeline.timeline import Timeline
 
 _CHAR_IN = 0.56 * FONT_PT / 72
 _LINE_IN = 1.35 * FONT_PT / 72

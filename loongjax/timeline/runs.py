@@ -120,6 +120,11 @@ def _goes_on(last: Span, span: Span, idle_s: float) -> bool:
     )
 
 
+def plural(number: int, word: str) -> str:
+    """`1 step`, `2,000 steps`."""
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
+
+
 def row_pieces(group: Group) -> list[tuple[InstanceId, InstanceId]]:
     """A group as (first, last) of neighbouring instances: (0, 1, 3) is (0, 1), (3, 3)."""
     starts = [group[0], *(b for a, b in pairwise(group) if b != a + 1)]

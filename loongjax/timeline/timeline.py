@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, get_args
 from loongjax.engine import Engine
 from loongjax.engine.messages import PoolSample, RequestRecord, StepKind, StepRecord
 from loongjax.errors import UserError
-from loongjax.plan import Group, InstanceId
-from loongjax.timeline.runs import spans_of
+from loongjax.plan import Group, InstanceId, RequestId
+from loongjax.timeline.explain import explain
+from loongjax.timeline.runs import plural, spans_of
 from loongjax.timeline.trace import write_trace
 
 if TYPE_CHECKING:
@@ -172,6 +173,28 @@ class Timeline:
         with Path(path).open("w", encoding="utf-8") as file:
             write_trace(self, file)
 
+    def explain(self, request: RequestId) -> str:
+        """Why it waited, why it ran where it did, and when: a line for each.
+
+        How much its policy says of it depends on the policy; the last request of that name counts.
+
+        Raises:
+          UserError: No request of this timeline is called so.
+        """
+        record = next((r for r in reversed(self.requests) if r.id == request), None)
+        if record is None:
+            raise UserError(
+                f"this timeline has no request {request!r}, but {len(self.requests):,} others"
+                + (f", such as {self.requests[0].id!r}" if self.requests else "")
+            )
+        end = math.inf if record.end is None else record.end
+        steps = [
+            step
+            for step in self.steps
+            if request in step.requests and step.started <= end and step.ended >= record.arrival
+        ]
+        return "\n".join(explain(record, steps))
+
     @property
     def busy_share(self) -> float:
         """Time in steps, of the time that all instances had together; in [0, 1]."""
@@ -219,11 +242,6 @@ class Timeline:
 
     def __repr__(self) -> str:
         return f"<Timeline: {self.headline()}>"
-
-
-def plural(number: int, word: str) -> str:
-    """`1 step`, `2,000 steps`."""
-    return f"{number:,} {word}{'' if number == 1 else 's'}"
 
 
 def _samples_between(

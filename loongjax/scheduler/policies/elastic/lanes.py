@@ -35,9 +35,14 @@ class _Lane:
 
 
 class Lanes:
-    """The lanes of one plan."""
+    """The lanes of one plan.
+
+    Attributes:
+      why: Why new prompts got their lane, or none.
+    """
 
     def __init__(self, table: Worktable, cost: CostModel, pace_s: float) -> None:
+        self.why: dict[RequestId, str] = {}
         self._table = table
         self._cost = cost
         self._pace_s = pace_s
@@ -132,24 +137,44 @@ class Lanes:
         """The lane of a new prompt: a new one, or one that grows for it if it must."""
         least, size = self.least(view), self._size(view)
         spare = self._spare(lanes)
+        lane = self._new_lane(lanes, spare, least, size)
+        if lane is not None:
+            text = "a lane of its own, {} wide: it can use {}, needs {}; {} left to decodes"
+        else:
+            lane = self._shared_lane(lanes, spare, least, size)
+            text = "shares a lane, {} wide: it can use {}, needs {}; {} left to decodes"
+        width = 0 if lane is None else len(lane.members)
+        counts = (width, self._usable(view), least, self.decoding)
+        self.why[view.id] = text.format(*counts) if lane else "no group is as wide as it needs"
+        return lane
+
+    def _new_lane(
+        self, lanes: list[_Lane], spare: list[InstanceId], least: int, size: int
+    ) -> _Lane | None:
+        """On instances that are spare, or on any if there is no lane yet."""
+        members = None
         if spare and len(spare) >= (size if lanes else least):
             members = self._cover(frozenset(), spare, min(size, len(spare)))
-            if members is not None:
-                lanes.append(_Lane(members=members))
-                return lanes[-1]
-        everything = list(self._table.everything)
+        if members is None and not lanes:
+            members = self._cover(frozenset(), list(self._table.everything), size)
+        if members is None:
+            return None
+        lanes.append(_Lane(members=members))
+        return lanes[-1]
+
+    def _shared_lane(
+        self, lanes: list[_Lane], spare: list[InstanceId], least: int, size: int
+    ) -> _Lane | None:
+        """The one for which the fewest wait, made wider if that is possible or needed."""
         if not lanes:
-            members = self._cover(frozenset(), everything, size)
-            if members is not None:
-                lanes.append(_Lane(members=members))
-            return None if members is None else lanes[0]
+            return None
         lane = min(lanes, key=lambda lane: lane.waiting / len(lane.members))
         wanted = min(size, len(lane.members) + len(spare))
         grown = lane.members
         if wanted > len(grown):
             grown = self._cover(lane.members, spare, wanted) or grown
         if len(grown) < least:
-            wider = self._cover(lane.members, everything, least)
+            wider = self._cover(lane.members, list(self._table.everything), least)
             if wider is None:
                 return None
             grown = wider

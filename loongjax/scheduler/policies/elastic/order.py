@@ -19,7 +19,7 @@ from loongjax.plan import RequestId, RequestView
 _SIZES = tuple(1 << power for power in range(22))
 _LEAST_S = 1e-3
 _HEAD_START_S = 2.0
-"""As if everyone had waited so long when it came: among those who just came, the shortest is first."""
+"""As if everyone had waited so long when it came: of those who just came, the shortest is first."""
 
 
 class Order:

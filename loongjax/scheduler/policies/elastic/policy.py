@@ -2,9 +2,9 @@
 
 LoongServe's prompts cannot be interrupted, so that a short one waits behind a long one; their order
 is that of arrival; and a prompt that is on its way keeps its instances. Here everything follows
-from time. Whoever decodes has its next token due `decode_s` after the one before,
-counted from its first (`clock`). Whoever waits becomes the more urgent the longer it waits, compared
-with what its prompt takes (`order`). One plan is made in this order:
+from time. Whoever decodes has its next token due `decode_s` after the one before, counted from its
+first (`clock`). Whoever waits becomes the more urgent the longer it waits, compared with what its
+prompt takes (`order`). One plan is made in this order:
 
 1. Requests that decode and have no room left for their next token (`seating`).
 2. Lanes: groups for prompts that take long, while decodes keep instances of their own (`lanes`);
@@ -22,13 +22,15 @@ from dataclasses import dataclass
 
 from loongjax.costmodel.protocol import CostModel
 from loongjax.errors import ConfigError
-from loongjax.plan import DecodeStep, Group, Plan, Snapshot
+from loongjax.plan import DecodeStep, Group, Plan, Reason, Snapshot
 from loongjax.scheduler.policies.continuing import groups_to_go_on
 from loongjax.scheduler.policies.elastic.clock import Clock
 from loongjax.scheduler.policies.elastic.order import Order
 from loongjax.scheduler.policies.elastic.prompts import Prompts
 from loongjax.scheduler.policies.seating import Seating
 from loongjax.scheduler.policies.worktable import Worktable, preempt_last
+
+_PREEMPTED = "waits: it was preempted, for others ahead of it in line had no room left"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,4 +92,10 @@ class Elastic:
         ahead = frozenset[Group]()
         if not table.preempted and not prompts.anyone_waits:
             ahead = groups_to_go_on(table, decodes, grows=True, cost=self.cost)
-        return Plan(steps=steps, preempt=tuple(table.preempted), ahead=ahead)
+        reasons = prompts.reasons | dict.fromkeys(table.preempted, _PREEMPTED)
+        return Plan(
+            steps=steps,
+            preempt=tuple(table.preempted),
+            ahead=ahead,
+            reasons=tuple([Reason(*each) for each in reasons.items()]),
+        )

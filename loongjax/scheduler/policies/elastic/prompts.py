@@ -43,12 +43,27 @@ own."""
 
 LaneOf: TypeAlias = Mapping[RequestId, frozenset[InstanceId]]
 
+_MEMORY = "waits: it and those who hold KV may need more memory than there is"
+_BEHIND = "waits: a more urgent prompt waits for memory, which it does not take away"
+_ALL_BUSY = "waits: all instances are at work"
+_BUSY = "waits: its instances are not all idle"
+_DUE = "waits: there is no time before tokens of those who decode there are due"
+_FULL = "waits: more urgent prompts fill the step on its lane, or its memory"
+_GOES_ON = "goes on, where its KV lies"
+_ON_LANE = "begins on "
+_ALONE_BESIDE = "begins on one instance: its lane is taken, and it is not late there"
+_ON_ONE = "begins on one instance, which suffices for its length, with the fewest decodes"
+_JOINS = "begins along with others, where there is time and memory left"
+_NOWHERE = "waits: no idle instance has time and memory left"
+_BY_FORCE = "goes on by any means: nothing else can run"
+
 
 class Prompts:
     """The prompts of one plan, and what is moved for them.
 
     Attributes:
       steps: What was decided.
+      reasons: Why each prompt that was looked at gets on, or waits.
     """
 
     def __init__(
@@ -72,6 +87,7 @@ class Prompts:
         self._gathering = Gathering(table, cost, clock, self._lanes)
         self._open: dict[InstanceId, FusedStep] = {}
         self.steps: list[PrefillStep | MigrateStep] = []
+        self.reasons = {view.id: _ALL_BUSY for view in self._line}
 
     @property
     def anyone_waits(self) -> bool:
@@ -93,11 +109,15 @@ class Prompts:
         full = False
         for view in self._line:
             if view.kv:
-                self._go_on(view, lane_of)
-            elif not full and not self._has_memory(view):
+                reason = self._go_on(view, lane_of)
+            elif full:
+                reason = _BEHIND
+            elif self._has_memory(view):
+                reason = self._begin(view, lane_of)
+            else:
                 full = True  # whoever comes behind does not take what it waits for
-            elif not full:
-                self._begin(view, lane_of)
+                reason = _MEMORY
+            self.reasons[view.id] = reason
         for step in dict.fromkeys(self._open.values()):
             self._finish(step)
         pace_s = self._clock.pace_s
@@ -117,6 +137,7 @@ class Prompts:
                 self.steps.append(step)
                 table.claim(found.group)
                 table.placed[view.id] = view
+                self.reasons[view.id] = _BY_FORCE
                 return
 
     # ---- who they are ----------------------------------------------------------------
@@ -190,21 +211,26 @@ class Prompts:
 
     # ---- prompts ---------------------------------------------------------------------
 
-    def _go_on(self, view: RequestView, lane_of: LaneOf) -> None:
-        """The next chunk of a prompt that is begun."""
+    def _go_on(self, view: RequestView, lane_of: LaneOf) -> str:
+        """The next chunk of a prompt that is begun; says why there is one or not."""
         step = self._open.get(next(iter(view.homes)))
         if step is None and self._table.idle.issuperset(view.homes):
             step = self._open_step(tuple(sorted(view.homes)))
-        if step is not None and step.members >= view.homes:
-            homes = lane_of.get(view.id, view.homes) & step.members
-            step.add(view, homes, forced=self._starves(view))
+        if step is None or not step.members >= view.homes:
+            return _BUSY
+        homes = lane_of.get(view.id, view.homes) & step.members
+        return _GOES_ON if step.add(view, homes, forced=self._starves(view)) else _DUE
 
-    def _begin(self, view: RequestView, lane_of: LaneOf) -> None:
-        """The first chunk of a new prompt."""
-        if view.id not in lane_of:
-            self._begin_on_one(view)
-        elif not self._begin_on_lane(view, lane_of[view.id]):
-            self._begin_alone(view)
+    def _begin(self, view: RequestView, lane_of: LaneOf) -> str:
+        """The first chunk of a new prompt; says why there is one or not."""
+        lane = lane_of.get(view.id)
+        if lane is None:
+            return self._begin_on_one(view)
+        if self._begin_on_lane(view, lane):
+            return _ON_LANE + self._lanes.why[view.id]
+        if self._begin_alone(view):
+            return _ALONE_BESIDE
+        return _FULL if self._open.get(min(lane)) else _BUSY
 
     def _begin_on_lane(self, view: RequestView, lane: frozenset[InstanceId]) -> bool:
         """Begins a prompt that takes long, if there is time and memory for it."""
@@ -238,16 +264,16 @@ class Prompts:
         late = waited + _ALONE * self._one_s(view) > _STARVING * self._order.rest_s(view)
         return not late and self._begin_on(view, others, spare=2)
 
-    def _begin_on_one(self, view: RequestView) -> bool:
+    def _begin_on_one(self, view: RequestView) -> str:
         """Begins a short prompt: beside the lanes if it can, else along with others there."""
         idle = self._table.idle
         beside = idle - self._lanes.busy
         if self._begin_on(view, beside) or self._begin_on(view, idle - beside):
-            return True
+            return _ON_ONE
         steps = sorted(
             dict.fromkeys(self._open.values()), key=lambda s: (len(s.group), -s.left_s, s.group)
         )
-        return any(self._join(view, step) for step in steps)
+        return _JOINS if any(self._join(view, step) for step in steps) else _NOWHERE
 
     def _begin_on(self, view: RequestView, idle: Iterable[InstanceId], spare: int = 1) -> bool:
         """Begins a prompt on one of these, with the fewest who decode."""
