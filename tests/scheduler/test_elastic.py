@@ -50,6 +50,8 @@ def decoding(
     name: str, *kv: tuple[int, int], generated: int = 50, due_in: float = 0.045, **fields: object
 ) -> RequestView:
     """One whose next token is due so soon, at the default pace."""
+    tokens = max(1, generated)
+    pace = 0.045 * (tokens - 0.4 * min(tokens, 8))
     computed = sum(tokens for _, tokens in kv)
     return RequestView(
         id=name,
@@ -57,7 +59,7 @@ def decoding(
         computed=computed,
         generated=generated,
         kv=tuple(Share(*share) for share in kv),
-        first_token=NOW + due_in - 0.045 * generated,
+        first_token=NOW + due_in - pace,
         **{"max_tokens": 500, "arrival": 1.0, "last_seq": 7} | fields,
     )
 
@@ -106,9 +108,9 @@ def prefills(found: Plan) -> list[PrefillStep]:
     return [step for step in found.steps if isinstance(step, PrefillStep)]
 
 
-def seconds(step: PrefillStep) -> float:
+def seconds(step: PrefillStep, cost: AnalyticCost | None = None) -> float:
     works = [ChunkWork(chunk.length, chunk.start) for chunk in step.chunks]
-    return AnalyticCost().prefill(len(step.group), works)
+    return (cost or AnalyticCost()).prefill(len(step.group), works)
 
 
 # ---- steps that last as long as they may ---------------------------------------------
@@ -145,10 +147,13 @@ def test_who_is_ahead_of_its_pace_can_wait_for_a_longer_chunk() -> None:
     assert 0 < lengths[0] < lengths[1]
 
 
-def test_who_is_late_gets_its_token_first() -> None:
-    rows = [decoding(f"d{i}", (i, 1000), due_in=-0.01) for i in range(4)]
-    found = plan(*rows, waiting("a", 4000))
-    assert all(isinstance(step, DecodeStep) for step in found.steps)
+def test_who_is_late_catches_up_while_prompts_get_on() -> None:
+    """Steps take half of the time that there is for a token."""
+    cost = AnalyticCost(constant=2e-3, hop=0.0, weights=5e-3)
+    rows = [decoding(f"d{i}", (i, 100), due_in=-0.01) for i in range(4)]
+    (step,) = prefills(plan(*rows, waiting("a", 4000), cost=cost))
+    assert step.chunks[-1].request == "a"
+    assert 0.8 * 0.0225 < seconds(step, cost) <= 0.0225
 
 
 def test_a_prompt_that_starves_gets_on_in_any_case() -> None:
@@ -181,13 +186,48 @@ def test_the_order_is_of_waiting_by_what_is_left() -> None:
     long = waiting("long", 150_000, arrival=NOW - 20.0)
     short = waiting("short", 500, arrival=NOW - 0.3)
     assert order.first([long, short], 1) == [short]
-    just_came = replace(short, arrival=NOW - 0.1)
-    assert order.first([long, just_came], 1) == [long]
+    for_long = replace(long, arrival=NOW - 400.0)
+    assert order.first([for_long, short], 1) == [for_long]
     shares = (Share(0, 149_000),)
     nearly_done = replace(long, id="nearly", computed=149_000, kv=shares, arrival=NOW - 4.0)
     assert order.first([long, short, nearly_done], 1) == [nearly_done]
-    urgent = replace(long, id="deadline", deadline=NOW + 5.0)
-    assert order.first([long, short, urgent], 1) == [urgent]
+
+
+def test_who_has_to_begin_to_meet_its_deadline_goes_first() -> None:
+    order = Order(AnalyticCost(), 4, now=NOW, floor_s=0.04)
+    short, rest = waiting("short", 500, arrival=NOW - 0.3), order.alone_s(150_000)
+    for seconds_left, goes_first in ((0.9, False), (1.2, True), (3.0, False)):
+        view = waiting("long", 150_000, deadline=NOW + seconds_left * rest)
+        assert (order.first([short, view], 1) == [view]) is goes_first
+
+
+def test_a_deadline_that_cannot_be_met_is_refused_only_if_that_is_asked_for() -> None:
+    late = waiting("late", 150_000, deadline=NOW + 1.0)
+    assert prefills(plan(late))
+    found = plan(late, waiting("other", 500), reject_late=True)
+    (rejection,) = found.reject
+    assert rejection.request == "late"
+    assert "150000 tokens" in rejection.reason
+
+
+# ---- why -----------------------------------------------------------------------------
+
+
+def test_every_prompt_that_is_looked_at_is_told_why() -> None:
+    lane = begun("long", 180_000, (0, 20_000), (1, 20_000), (2, 20_000))
+    found = plan(lane, waiting("short", 500), waiting("big", 4 * SLOTS - 70_000))
+    told = dict(found.reasons)
+    assert told.keys() == {"long", "short", "big"}
+    assert told["long"].startswith("goes on")
+    assert told["short"].startswith("begins on one instance")
+    assert told["big"].startswith("waits: it and those who hold KV may need more memory")
+
+
+def test_a_lane_says_how_wide_it_is_and_why() -> None:
+    (reason,) = plan(waiting("a", 150_000)).reasons
+    assert reason.text == (
+        "begins on a lane of its own, 3 wide: it can use 4, needs 2; 1 left to decodes"
+    )
     first = replace(long, priority=1)
     assert order.first([first, short, urgent], 1) == [first]
 
@@ -243,6 +283,13 @@ def test_decodes_move_away_from_a_lane() -> None:
     (move,) = [step for step in found.steps if isinstance(step, MigrateStep)]
     assert move.moves == (Move("d", 1, 3, 3000),)
     assert move.group == (1, 3)
+
+
+def test_decodes_stay_until_they_are_ahead_by_what_moving_takes() -> None:
+    lane = begun("long", 180_000, (0, 20_000), (1, 20_000), (2, 20_000))
+    just_began = decoding("d", (1, 3000), due_in=0.003)
+    found = plan(lane, just_began, decoding("e", (3, 1000)))
+    assert not any(isinstance(step, MigrateStep) for step in found.steps)
 
 
 def test_decodes_stay_if_they_would_be_too_slow_together() -> None:

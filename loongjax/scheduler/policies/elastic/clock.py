@@ -20,6 +20,10 @@ from loongjax.scheduler.policies.worktable import Worktable
 _LOST = 16
 """Who is late by so many tokens will hardly be in time again: it keeps the pace from now on, and
 others do not wait until it has caught up."""
+_RESERVE = 0.4
+_RESERVE_TOKENS = 8
+"""Each of the first tokens of an answer is due so much of the time from token to token earlier:
+short answers are not late because of one slow step, and a request has time to move."""
 
 
 class Clock:
@@ -39,11 +43,14 @@ class Clock:
     def due_in(self, view: RequestView) -> float:
         """When a request that decodes should have its next token [s from now].
 
-        Each is due `pace_s` after the one before, counted from the first. So the mean time from
-        token to token is kept wherever the answer ends, and who is ahead can wait for a chunk.
+        Each is due `pace_s` after the one before, counted from the first, and the first ones
+        sooner. So the mean time from token to token is kept wherever the answer ends, and who is
+        ahead can wait for a chunk.
         """
         first = self.now if view.first_token is None else view.first_token
-        due = first + self.pace_s * max(1, view.generated) - self.now
+        tokens = max(1, view.generated)
+        early = _RESERVE * min(tokens, _RESERVE_TOKENS)
+        due = first + self.pace_s * (tokens - early) - self.now
         return due if due > -_LOST * self.pace_s else self.pace_s
 
     @cached_property

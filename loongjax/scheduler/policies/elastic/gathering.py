@@ -56,6 +56,7 @@ class Gathering:
             and table.idle.issuperset(view.homes)
             and self._lanes.is_small(view.computed)
             and not view.shared
+            and self._has_time(view)
         ]
         moves: list[Move] = []
         moved: set[RequestId] = set()
@@ -85,6 +86,13 @@ class Gathering:
         table.claim(group)
         table.near = [view for view in table.near if view.id not in moved]
         return MigrateStep(seq=seq, group=group, moves=tuple(moves))
+
+    def _has_time(self, view: RequestView) -> bool:
+        """Whether its next token is not late because it moves. Most answers that are short end
+        before they have; they do not move at all.
+        """
+        move_s = self._cost.migrate(max([share.tokens for share in view.kv]))
+        return self._clock.due_in(view) >= move_s
 
     def _target(self, view: RequestView, others: frozenset[InstanceId]) -> InstanceId | None:
         """Where it decodes in time, with room to grow: an idle one, with most who decode there."""

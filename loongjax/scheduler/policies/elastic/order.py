@@ -5,11 +5,14 @@
 So a short prompt overtakes a long one soon after it came, who is nearly done is not interrupted,
 and the longest one goes first in the end (as in highest response ratio next). When many wait, the
 short ones' urgency grows fastest: an overload reaches the longest first.
+
+Who has a deadline that can still be met goes before the others when it has to begin.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 
@@ -20,6 +23,11 @@ _SIZES = tuple(1 << power for power in range(22))
 _LEAST_S = 1e-3
 _HEAD_START_S = 2.0
 """As if everyone had waited so long when it came: of those who just came, the shortest is first."""
+
+_GUARD = 0.5
+_GUARD_S = 0.5
+"""Who has a deadline has to begin when so much of what is left of it, and so many seconds more,
+are left besides: it is hardly ever alone."""
 
 
 class Order:
@@ -48,16 +56,28 @@ class Order:
         return self._cost.prefill(self._degree, [work])
 
     def urgency(self, view: RequestView) -> float:
-        """See the module. Who has a deadline may wait until it has to begin, at most."""
-        rest = self.rest_s(view)
-        patience = max(rest, self._floor_s)
-        if view.deadline is not None:
-            patience = min(patience, view.deadline - rest - view.arrival)
-        return (self._now - view.arrival + _HEAD_START_S) / max(patience, _LEAST_S)
+        """See the module."""
+        rest = max(self.rest_s(view), self._floor_s, _LEAST_S)
+        return (self._now - view.arrival + _HEAD_START_S) / rest
+
+    def slack_s(self, view: RequestView) -> float:
+        """How long a request may wait and have its prompt computed by its deadline, if it is then
+        alone [s]; infinite without one, negative if it cannot.
+        """
+        if view.deadline is None:
+            return math.inf
+        return view.deadline - self._now - self.rest_s(view)
+
+    def _has_to_begin(self, view: RequestView) -> bool:
+        if view.deadline is None:
+            return False
+        slack = self.slack_s(view)
+        return 0.0 <= slack <= _GUARD * self.rest_s(view) + _GUARD_S
 
     def first(self, views: Sequence[RequestView], count: int) -> list[RequestView]:
         """The first ones, by priority and then by urgency."""
         return heapq.nsmallest(count, views, key=self._key)
 
-    def _key(self, view: RequestView) -> tuple[int, float, float, RequestId]:
-        return (-view.priority, -self.urgency(view), view.arrival, view.id)
+    def _key(self, view: RequestView) -> tuple[int, bool, float, float, RequestId]:
+        late = not self._has_to_begin(view)
+        return (-view.priority, late, -self.urgency(view), view.arrival, view.id)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from loongjax.costmodel.protocol import CostModel
 from loongjax.errors import ConfigError
-from loongjax.plan import DecodeStep, Group, Plan, Reason, Snapshot
+from loongjax.plan import DecodeStep, Group, Plan, Reason, Rejection, Snapshot
 from loongjax.scheduler.policies.continuing import groups_to_go_on
 from loongjax.scheduler.policies.elastic.clock import Clock
 from loongjax.scheduler.policies.elastic.order import Order
@@ -48,6 +48,8 @@ class Elastic:
         its end. Higher: constants weigh less, short prompts wait longer.
       floor_s: Prompts that take less than this alone on all instances [s] are served as they
         came. Higher: more of them.
+      reject_late: Turns new requests away whose deadline passes before their prompt can be
+        computed, were they alone.
     """
 
     cost: CostModel
@@ -55,6 +57,7 @@ class Elastic:
     decode_s: float = 0.045
     chunk_s: float = 0.3
     floor_s: float = 0.04
+    reject_late: bool = False
 
     def __post_init__(self) -> None:
         if self.headroom is not None and self.headroom < 0:
@@ -78,6 +81,9 @@ class Elastic:
         clock = Clock(table, self.cost, now, self.decode_s)
         degree = snapshot.topology.degrees[-1]
         order = Order(self.cost, degree, now, self.floor_s)
+        reject = self._hopeless(snapshot, order) if self.reject_late else ()
+        if reject:
+            return Plan(reject=reject)
         prompts = Prompts(table, self.cost, clock, order, chunk_s=self.chunk_s)
         if anyone_idle:
             prompts.seat()
@@ -99,3 +105,18 @@ class Elastic:
             ahead=ahead,
             reasons=tuple([Reason(*each) for each in reasons.items()]),
         )
+
+    def _hopeless(self, snapshot: Snapshot, order: Order) -> tuple[Rejection, ...]:
+        """New requests that cannot have their first token by their deadline."""
+        found = []
+        for view in snapshot.waiting:
+            if view.kv or view.generated or view.id in snapshot.in_flight:
+                continue
+            slack = order.slack_s(view)
+            if slack < 0.0:
+                text = (
+                    f"its deadline cannot be met: its prompt of {view.length} tokens would be "
+                    f"computed {-slack:.2f} s too late if it began now"
+                )
+                found.append(Rejection(view.id, text))
+        return tuple(found)

@@ -97,7 +97,11 @@ class Prompts:
     def seat(self) -> None:
         """Makes the steps."""
         table = self._table
-        longs = [view for view in self._line if self._takes_long(view)]
+        longs = [
+            view
+            for view in self._line
+            if self._takes_long(view) and (view.kv or self._has_memory(view))
+        ]
         lane_of = self._lanes.choose(longs)
         self._move(lane_of)
         for view in table.near:
