@@ -199,6 +199,9 @@ def test_who_has_to_begin_to_meet_its_deadline_goes_first() -> None:
     for seconds_left, goes_first in ((0.9, False), (1.2, True), (3.0, False)):
         view = waiting("long", 150_000, deadline=NOW + seconds_left * rest)
         assert (order.first([short, view], 1) == [view]) is goes_first
+    preferred = waiting("preferred", 150_000, priority=1)
+    urgent = waiting("urgent", 150_000, deadline=NOW + 1.2 * rest)
+    assert order.first([urgent, preferred], 1) == [preferred]
 
 
 def test_a_deadline_that_cannot_be_met_is_refused_only_if_that_is_asked_for() -> None:
@@ -228,8 +231,6 @@ def test_a_lane_says_how_wide_it_is_and_why() -> None:
     assert reason.text == (
         "begins on a lane of its own, 3 wide: it can use 4, needs 2; 1 left to decodes"
     )
-    first = replace(long, priority=1)
-    assert order.first([first, short, urgent], 1) == [first]
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 1000, 1024, 99_999])
