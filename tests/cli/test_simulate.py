@@ -52,6 +52,17 @@ def run_json(capsys, *arguments: str) -> dict:
     return json.loads(line)
 
 
+def test_one_request_is_explained(capsys):
+    report = run_json(capsys, *SHORT, "--policy", "elastic", "--explain", "r3")
+    first, *rest = report["explained"]
+    assert first.startswith("r3 came at")
+    assert any("begins on" in line for line in rest), "why it ran where it did"
+    assert any("step on" in line for line in rest)
+    assert rest[-1].endswith("ended: stop")
+    assert simulate(*SHORT, "--explain", "r77") == 2
+    assert "no request 'r77'" in capsys.readouterr().err
+
+
 def test_json_is_one_line_and_complete(capsys):
     report = run_json(capsys, *SHORT)
     assert set(report) >= FIELDS

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from loongjax.cluster.topology import EverySubset
 from loongjax.engine import PoolSample, RequestRecord
-from loongjax.engine.history import History, make_record
+from loongjax.engine.history import DECISIONS, History, make_record
+from loongjax.engine.messages import Decision
 from loongjax.plan import (
     Chunk,
     DecodeRow,
     DecodeStep,
     Placement,
     PrefillStep,
+    Reason,
     RequestView,
     Share,
     Snapshot,
@@ -136,3 +138,31 @@ def test_requests_are_those_that_ended_and_those_that_are_open_still() -> None:
         ended("b", 2.0),
         RequestRecord(id="a", prompt=5, generated=1, arrival=7.0),
     )
+
+
+def test_of_reasons_the_changes_are_kept_with_the_request() -> None:
+    history = History()
+    for time, text in enumerate(["waits", "waits", "runs", "waits"]):
+        history.add_reasons(float(time), [Reason("a", text), Reason("b", "waits")])
+    history.add_end(ended("a", 0.0), "stop")
+    (record,) = history.requests()
+    assert record.decisions == (
+        Decision(0.0, "waits"),
+        Decision(2.0, "runs"),
+        Decision(3.0, "waits"),
+    )
+    history.add_end(ended("a", 5.0), "stop")
+    assert history.requests()[1].decisions == (), "the name again, of whom nothing was said"
+
+
+def test_many_reasons_are_kept_up_to_a_bound_and_those_of_a_stem_are_forgotten() -> None:
+    history = History()
+    for time in range(2 * DECISIONS):
+        history.add_reasons(float(time), [Reason("a", str(time)), Reason("stem", "waits")])
+    history.add_end(ended("a", 0.0), "stop")
+    (record,) = history.requests()
+    assert len(record.decisions) == DECISIONS
+    assert record.decisions[-1].text == str(2 * DECISIONS - 1)
+    history.forget("stem")
+    history.add_end(ended("stem", 0.0), "stop")
+    assert not history.requests()[1].decisions
