@@ -1,6 +1,6 @@
 """Whose prompt is computed first: whoever has waited longest, by what is left of it to compute.
 
-    urgency = (waited + 2 s) / time that the rest takes alone on all instances
+    urgency = (waited + 2 s) / (time that the rest takes alone on all instances)^0.8
 
 So a short prompt overtakes a long one soon after it came, who is nearly done is not interrupted,
 and the longest one goes first in the end (as in highest response ratio next). When many wait, the
@@ -23,6 +23,8 @@ _SIZES = tuple(1 << power for power in range(22))
 _LEAST_S = 1e-3
 _HEAD_START_S = 2.0
 """As if everyone had waited so long when it came: of those who just came, the shortest is first."""
+_EVENNESS = 0.8
+"""1: who waits is served after a time in proportion to its own; 0: in the order of arrival."""
 
 _GUARD = 0.5
 _GUARD_S = 0.5
@@ -55,10 +57,17 @@ class Order:
         work = ChunkWork(max(1, view.uncomputed), view.computed)
         return self._cost.prefill(self._degree, [work])
 
+    def stretch(self, view: RequestView) -> float:
+        """How many times as long as what is left of it takes it has waited."""
+        return (self._now - view.arrival) / self._at_least_s(view)
+
     def urgency(self, view: RequestView) -> float:
         """See the module."""
-        rest = max(self.rest_s(view), self._floor_s, _LEAST_S)
-        return (self._now - view.arrival + _HEAD_START_S) / rest
+        waited = self._now - view.arrival + _HEAD_START_S
+        return waited / self._at_least_s(view) ** _EVENNESS
+
+    def _at_least_s(self, view: RequestView) -> float:
+        return max(self.rest_s(view), self._floor_s, _LEAST_S)
 
     def slack_s(self, view: RequestView) -> float:
         """How long a request may wait and have its prompt computed by its deadline, if it is then

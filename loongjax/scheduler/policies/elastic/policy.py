@@ -55,7 +55,7 @@ class Elastic:
     cost: CostModel
     headroom: int | None = 512
     decode_s: float = 0.045
-    chunk_s: float = 0.3
+    chunk_s: float = 0.5
     floor_s: float = 0.04
     reject_late: bool = False
 

@@ -35,8 +35,8 @@ _CATCHING_UP = 0.5
 """Part of the time from token to token that a step may take though somebody is late: the rest is
 what they catch up by, and prompts get on meanwhile."""
 _STARVING = 25.0
-"""A prompt that is so urgent gets on at the cost of those who decode."""
-_ALONE = 3.0
+"""A prompt that has waited so many times as long as it takes gets on at the cost of decodes."""
+_ALONE = 2.0
 """A prompt takes so many times as long on one instance beside decodes, at most, as on one of its
 own."""
 
@@ -86,6 +86,7 @@ class Prompts:
         self._lanes = Lanes(table, cost, clock.pace_s)
         self._gathering = Gathering(table, cost, clock, self._lanes)
         self._open: dict[InstanceId, FusedStep] = {}
+        self._lane_s: dict[frozenset[InstanceId], float] = {}
         self.steps: list[PrefillStep | MigrateStep] = []
         self.reasons = {view.id: _ALL_BUSY for view in self._line}
 
@@ -112,6 +113,9 @@ class Prompts:
                 self._open_lane(lane_of[view.id])
         full = False
         for view in self._line:
+            if (lane := lane_of.get(view.id)) is not None:
+                width = len(lane) / len(table.free)
+                self._lane_s[lane] = self._lane_s.get(lane, 0.0) + self._order.rest_s(view) / width
             if view.kv:
                 reason = self._go_on(view, lane_of)
             elif full:
@@ -156,7 +160,7 @@ class Prompts:
         return self._cost.prefill(1, [ChunkWork(view.length, 0)])
 
     def _starves(self, view: RequestView) -> bool:
-        return self._order.urgency(view) > _STARVING
+        return self._order.stretch(view) > _STARVING
 
     def _has_memory(self, view: RequestView) -> bool:
         """The memory test of `dispatch`: it and all who hold KV never need more than there is."""
@@ -232,7 +236,7 @@ class Prompts:
             return self._begin_on_one(view)
         if self._begin_on_lane(view, lane):
             return _ON_LANE + self._lanes.why[view.id]
-        if self._begin_alone(view):
+        if self._begin_alone(view, lane):
             return _ALONE_BESIDE
         return _FULL if self._open.get(min(lane)) else _BUSY
 
@@ -254,9 +258,9 @@ class Prompts:
                 free -= max(0, grown - table.blocks(view.computed))
         return free
 
-    def _begin_alone(self, view: RequestView) -> bool:
+    def _begin_alone(self, view: RequestView, lane: frozenset[InstanceId]) -> bool:
         """Begins a prompt that takes long on one instance beside the lanes, one at a time, if it is
-        not done so late there that it would become urgent.
+        not done so late there that it would become urgent, or later still on its lane.
         """
         table = self._table
         others = table.idle - self._lanes.busy
@@ -264,9 +268,11 @@ class Prompts:
             return False
         if any(len(begun.kv) == 1 and begun.uncomputed > 1 for begun in table.begun):
             return False
-        waited = self._clock.now - view.arrival
-        late = waited + _ALONE * self._one_s(view) > _STARVING * self._order.rest_s(view)
-        return not late and self._begin_on(view, others, spare=2)
+        waited, alone_s = self._clock.now - view.arrival, _ALONE * self._one_s(view)
+        late = waited + alone_s > _STARVING * self._order.rest_s(view)
+        if late and alone_s > self._lane_s[lane]:
+            return False
+        return self._begin_on(view, others, spare=2)
 
     def _begin_on_one(self, view: RequestView) -> str:
         """Begins a short prompt: beside the lanes if it can, else along with others there."""
