@@ -24,6 +24,9 @@ _RESERVE = 0.4
 _RESERVE_TOKENS = 8
 """Each of the first tokens of an answer is due so much of the time from token to token earlier:
 short answers are not late because of one slow step, and a request has time to move."""
+_SLOWEST = 1.5
+"""Where a step of those who decode takes so long that the time from token to token would be less
+than so many times that, they cannot keep it: it is that then, so that prompts get on."""
 
 
 class Clock:
@@ -31,12 +34,14 @@ class Clock:
 
     Attributes:
       now: The engine's clock [s].
-      pace_s: The time from token to token that everyone who decodes is to have [s].
+      pace_s: The time from token to token that everyone who decodes is to have [s]: what is asked
+        for, or more where steps take too long for that.
     """
 
     def __init__(self, table: Worktable, cost: CostModel, now: float, pace_s: float) -> None:
+        rows = -(-len(table.snapshot.running) // len(table.free)) or 1
         self.now = now
-        self.pace_s = pace_s
+        self.pace_s = max(pace_s, _SLOWEST * cost.decode(1, DecodeWork(rows, rows, 1)))
         self._table = table
         self._cost = cost
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loongjax.costmodel.protocol import CostModel
+from loongjax.costmodel.protocol import ChunkWork, CostModel
 from loongjax.errors import ConfigError
 from loongjax.plan import DecodeStep, Group, Plan, Reason, Rejection, Snapshot
 from loongjax.scheduler.policies.continuing import groups_to_go_on
@@ -30,6 +30,9 @@ from loongjax.scheduler.policies.elastic.prompts import Prompts
 from loongjax.scheduler.policies.seating import Seating
 from loongjax.scheduler.policies.worktable import Worktable, preempt_last
 
+_SMALLEST = 6.0
+"""A step may last so many times as long as the smallest one, whatever `chunk_s` says: on slow
+hardware nothing would get on else."""
 _PREEMPTED = "waits: it was preempted, for others ahead of it in line had no room left"
 
 
@@ -84,7 +87,9 @@ class Elastic:
         reject = self._hopeless(snapshot, order) if self.reject_late else ()
         if reject:
             return Plan(reject=reject)
-        prompts = Prompts(table, self.cost, clock, order, chunk_s=self.chunk_s)
+        smallest_s = self.cost.prefill(1, [ChunkWork(1, 1)])
+        chunk_s = max(self.chunk_s, _SMALLEST * smallest_s)
+        prompts = Prompts(table, self.cost, clock, order, chunk_s=chunk_s)
         if anyone_idle:
             prompts.seat()
             seating.seat_the_rest()
