@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 from loongjax.api.build import BuiltEngine, make_policy
-from loongjax.costmodel import ScalingInformationBase
 from loongjax.engine import Engine
 
 
@@ -21,7 +19,7 @@ class Steering:
     def __init__(self, built: BuiltEngine) -> None:
         self.engine: Engine = built.engine
         self.policy = built.config.policy
-        self._config = built.config
+        self._cost = built.cost
 
     def set_policy(self, text: str) -> str:
         """Plans by another policy from now on; gives the one before.
@@ -30,12 +28,10 @@ class Steering:
           ConfigError: There is no such policy, or it needs a cost model that is missing.
           EngineClosedError: The engine was closed, or died.
         """
-        self.engine.set_policy(make_policy(replace(self._config, policy=text)))
+        self.engine.set_policy(make_policy(text, self._cost))
         before, self.policy = self.policy, text
         return before
 
     def cost_model_json(self) -> str:
-        """What the server was told of how long steps take; empty if it was told nothing."""
-        if self._config.cost_model is None:
-            return ""
-        return json.dumps(ScalingInformationBase.load(self._config.cost_model).to_json())
+        """How long steps take, as it was measured or estimated before the server began."""
+        return json.dumps(self._cost.to_json())

@@ -6,6 +6,7 @@ know how many devices to emulate before it starts.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -13,6 +14,9 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from loongjax.api.progress import progress_bar
 from loongjax.config import EngineConfig
 from loongjax.costmodel import CorrectedCost, ScalingInformationBase
+from loongjax.costmodel.analytic import analytic_sib
+from loongjax.costmodel.hardware import hardware_of
+from loongjax.costmodel.padding import Padding
 from loongjax.engine import Engine
 from loongjax.errors import ConfigError
 from loongjax.executor.host_time import HostTime
@@ -28,6 +32,15 @@ from loongjax.text import AnswerText, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from loongjax.executor.create import ExecutorPlan
+    from loongjax.programs.catalogue import Catalogue
+    from loongjax.programs.library import ProgramLibrary
+
+
+_log = logging.getLogger(__name__)
+
+_BOUND = 2.0
+_ESTIMATE_BOUND = 16.0
+"""Factor by which measured and estimated times may be corrected while they are used."""
 
 
 @runtime_checkable
@@ -49,15 +62,34 @@ class DeviceExecutor(Executor, Protocol):
         """KV tokens that each instance holds."""
         ...
 
+    @property
+    def catalogue(self) -> Catalogue:
+        """The programs, by their sizes."""
+        ...
+
+    @property
+    def programs(self) -> ProgramLibrary:
+        """What they have in common, and where they come from."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuiltEngine:
-    """A running engine and what its users need beside it."""
+    """A running engine and what its users need beside it.
+
+    Attributes:
+      engine: The engine.
+      model: The model's shape.
+      tokenizer: None if the model has none.
+      config: What was asked for.
+      cost: How long steps take, as it was measured or estimated before the engine began.
+    """
 
     engine: Engine
     model: ModelConfig
     tokenizer: Tokenizer | None
     config: EngineConfig
+    cost: ScalingInformationBase
 
 
 def build_engine(model: str, config: EngineConfig, policy: Policy | None = None) -> BuiltEngine:
@@ -72,12 +104,14 @@ def build_engine(model: str, config: EngineConfig, policy: Policy | None = None)
       BackendStartedError: jax runs already, with too few devices.
       StepError: Warm-up failed.
     """
-    policy = policy or make_policy(config)
+    check_policy(config)
     resolved = resolve(model)
     _check_max_model_len(config, resolved.config)
     tokenizer = load_tokenizer(resolved.tokenizer)
-    executor = _create_executor(model, resolved, config)
+    executor = _create_executor(resolved, config)
     try:
+        cost = _cost(model, config, resolved.config, executor)
+        policy = policy or make_policy(config.policy, cost)
         topology = executor.topology
         allocator = BlockAllocator(
             instances=config.cluster.instances,
@@ -107,6 +141,7 @@ def build_engine(model: str, config: EngineConfig, policy: Policy | None = None)
         model=resolved.config,
         tokenizer=tokenizer,
         config=config,
+        cost=cost,
     )
 
 
@@ -115,7 +150,7 @@ def plan_engine(model: str, config: EngineConfig) -> tuple[ModelConfig, Executor
 
     Raises as `build_engine`.
     """
-    make_policy(config)
+    check_policy(config)
     resolved = resolve(model)
     _check_max_model_len(config, resolved.config)
     from loongjax.cluster.emulation import prepare_devices
@@ -126,38 +161,77 @@ def plan_engine(model: str, config: EngineConfig) -> tuple[ModelConfig, Executor
     return resolved.config, plan_executor(resolved.config, config)
 
 
-def make_policy(config: EngineConfig) -> Policy:
-    """The policy that a configuration names, with its cost model, which learns as it serves.
+def check_policy(config: EngineConfig) -> None:
+    """Before anything is loaded: the policy and its settings exist, and its cost model can be read.
 
     Raises:
-      ConfigError: It does not exist, or needs a cost model that is missing or damaged.
+      ConfigError: One or the other is not so.
     """
     if config.cost_model is not None:
-        cost = CorrectedCost(ScalingInformationBase.load(config.cost_model))
-        policy = create_policy(config.policy, cost)
-        return Learning(policy, cost) if needs_cost(config.policy) else policy
+        ScalingInformationBase.load(config.cost_model)
+    create_policy(config.policy, None)
+
+
+def make_policy(text: str, cost: ScalingInformationBase) -> Policy:
+    """A policy by its name, with a cost model that learns as it serves.
+
+    Args:
+      text: The policy; see `create_policy`.
+      cost: What it asks how long steps take, if it does. An estimate may be far off, and so may be
+        corrected by more than what was measured.
+
+    Raises:
+      ConfigError: There is no such policy or setting.
+    """
+    if not needs_cost(text):
+        return create_policy(text, None)
+    bound = _ESTIMATE_BOUND if cost.is_estimate else _BOUND
+    corrected = CorrectedCost(cost, bound=bound)
+    return Learning(create_policy(text, corrected), corrected)
+
+
+def _cost(
+    model: str, config: EngineConfig, shape: ModelConfig, executor: DeviceExecutor
+) -> ScalingInformationBase:
+    """How long steps take here: as measured, or by what is publicly known of the devices."""
+    import jax
+
+    shapes, catalogue = executor.programs.shapes, executor.catalogue
+    if config.cost_model is not None:
+        from loongjax.profiler.fingerprint import fingerprint
+
+        here = fingerprint(model, shapes, executor.limits.max_chunk_tokens)
+        return ScalingInformationBase.load(config.cost_model, expected=here)
+    device = jax.devices()[0]
+    cost = analytic_sib(
+        hardware_of(device.device_kind, device.platform),
+        shape,
+        model_name=model,
+        tensor_parallel=shapes.tp,
+        degrees=executor.topology.degrees,
+        slots=executor.pool_slots,
+        padding=Padding(
+            chunks=catalogue.chunk_buckets,
+            resumed=catalogue.extend_buckets,
+            rows=catalogue.row_buckets,
+        ),
+    )
     if needs_cost(config.policy):
-        raise ConfigError(
-            f"policy {config.policy!r} plans by how long steps take; give a cost_model file, or "
-            "use first_come, which needs none"
+        _log.info(
+            "%s plans with times %s; `loongjax profile` measures them", config.policy, cost.basis
         )
-    return create_policy(config.policy, None)
+    return cost
 
 
-def _create_executor(model: str, resolved: ResolvedModel, config: EngineConfig) -> DeviceExecutor:
+def _create_executor(resolved: ResolvedModel, config: EngineConfig) -> DeviceExecutor:
     from loongjax.cluster.emulation import prepare_devices
 
     prepare_devices(config.cluster.devices)
     from loongjax.executor.create import create_executor
     from loongjax.executor.warm_up import warm_up
-    from loongjax.profiler.fingerprint import fingerprint
 
     executor = create_executor(resolved.config, resolved.source, config)
     try:
-        if config.cost_model is not None:
-            shapes, limits = executor.programs.shapes, executor.limits
-            here = fingerprint(model, shapes, limits.max_chunk_tokens)
-            ScalingInformationBase.load(config.cost_model, expected=here)
         if config.warm_up:
             with progress_bar("warm-up") as on_progress:
                 warm_up(executor, on_progress)

@@ -12,7 +12,8 @@ from collections.abc import Iterable
 
 from loongjax.costmodel.fit import DecodeFit, MigrateFit, PrefillFit
 from loongjax.costmodel.hardware import HardwareDescription
-from loongjax.costmodel.sib import Fingerprint, ScalingInformationBase
+from loongjax.costmodel.padding import Padding
+from loongjax.costmodel.sib import ESTIMATE, Fingerprint, ScalingInformationBase
 from loongjax.errors import ConfigError
 from loongjax.models.config import ModelConfig
 
@@ -76,6 +77,8 @@ def analytic_sib(
     model_name: str,
     tensor_parallel: int,
     degrees: Iterable[int],
+    slots: int | None = None,
+    padding: Padding | None = None,
 ) -> ScalingInformationBase:
     """A cost model of instances of `tensor_parallel` chips.
 
@@ -85,6 +88,8 @@ def analytic_sib(
       model_name: For the fingerprint.
       tensor_parallel: Chips of an instance.
       degrees: Those to describe; others are interpolated.
+      slots: KV tokens of an instance. None: as many as memory leaves room for.
+      padding: The sizes of an engine's programs. None: steps are not rounded up.
     """
     chosen = sorted(set(degrees))
     return ScalingInformationBase(
@@ -93,7 +98,7 @@ def analytic_sib(
             model=model_name,
             tensor_parallel=tensor_parallel,
             dtype="bfloat16",
-            software="estimate",
+            software=ESTIMATE,
         ),
         basis=f"estimated from the data sheet of {hardware.title}: {'; '.join(hardware.sources)}",
         prefill_fits={d: _prefill(hardware, model, tensor_parallel, d) for d in chosen},
@@ -103,7 +108,8 @@ def analytic_sib(
             token_s=model.kv_bytes_per_token(ITEMSIZE) / _link(hardware, tensor_parallel),
         ),
         host=hardware.host,
-        pool_slots=pool_slots(hardware, model, tensor_parallel),
+        pool_slots=slots or pool_slots(hardware, model, tensor_parallel),
+        padding=padding,
     )
 
 

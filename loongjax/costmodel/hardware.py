@@ -42,6 +42,7 @@ class HardwareDescription:
       name: What `--hardware` calls it.
       title: Its full name.
       platform: What jax calls its kind; it decides which groups exist.
+      device_kinds: How the names begin that jax gives to such devices, or to ones like it.
       flops_per_s: Peak of dense bfloat16 products.
       hbm_bytes: Memory.
       hbm_bytes_per_s: Peak bandwidth of it.
@@ -59,7 +60,8 @@ class HardwareDescription:
 
     name: str
     title: str
-    platform: Literal["gpu", "tpu"]
+    platform: Literal["cpu", "gpu", "tpu"]
+    device_kinds: tuple[str, ...]
     flops_per_s: float
     hbm_bytes: float
     hbm_bytes_per_s: float
@@ -96,9 +98,31 @@ def load_hardware(name: str) -> HardwareDescription:
     content = json.loads(file.read_text(encoding="utf-8"))
     content["attained"] = Attained(**content["attained"])
     content["host"] = HostTime(**content["host"])
+    content["device_kinds"] = tuple(content["device_kinds"])
     content["sources"] = tuple(content["sources"])
     content["assumptions"] = tuple(content["assumptions"])
     missing = {each.name for each in fields(HardwareDescription)} ^ content.keys()
     if missing:
         raise ConfigError(f"the description of {name} lacks or does not know {sorted(missing)}")
     return HardwareDescription(**content)
+
+
+def hardware_of(device_kind: str, platform: str) -> HardwareDescription:
+    """What is known of a device, or of the first of its platform if it is not known itself.
+
+    Args:
+      device_kind: What jax calls it, such as `TPU v5 lite`.
+      platform: `cpu`, `gpu` or `tpu`.
+
+    Raises:
+      ConfigError: Nothing is known of any device of that platform.
+    """
+    every = [load_hardware(name) for name in hardware_names()]
+    kinds = {kind: hardware for hardware in every for kind in hardware.device_kinds}
+    known = [kind for kind in kinds if device_kind.startswith(kind)]
+    if known:
+        return kinds[max(known, key=len)]  # `TPU v5 lite` is no `TPU v5`
+    alike = [hardware for hardware in every if hardware.platform == platform]
+    if not alike:
+        raise ConfigError(f"nothing is known of devices of platform {platform!r}")
+    return alike[0]

@@ -20,6 +20,8 @@ from loongjax.costmodel.padding import Padding
 from loongjax.costmodel.protocol import ChunkWork, DecodeWork
 from loongjax.errors import ConfigError
 
+ESTIMATE = "estimate"
+"""The software of a fingerprint that nobody measured with."""
 VERSION = 4
 """Of the file. Raised whenever a field changes its meaning."""
 
@@ -115,6 +117,11 @@ class ScalingInformationBase:
                     f"a cost model needs {kind} fits of at least one degree, all of them at "
                     f"least 1; it has {sorted(fits)}. Measure more degrees"
                 )
+
+    @property
+    def is_estimate(self) -> bool:
+        """Whether it was computed from what is known of the hardware, not measured."""
+        return self.fingerprint.software == ESTIMATE
 
     # ---- CostModel -------------------------------------------------------------------
 
