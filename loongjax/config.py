@@ -99,8 +99,10 @@ class EngineConfig:
         for activations, and the largest program to compile, grow with it; below about 1,000
         the fixed cost of a step shows. Rounded up to a compiled size.
       policy: Who plans, by name, with settings after a colon (`scheduler/policies`), such as
-        `loongserve:patience=2`. All but `first_come` need a cost model.
-      cost_model: File with the times of steps on these devices, which `policy` asks.
+        `loongserve:patience=2`.
+      cost_model: File with the times of steps on these devices, which all policies but
+        `first_come` ask (`loongjax profile`). None: times are estimated from what is publicly
+        known of the devices, and corrected while the engine serves.
       dtype: Of weights, KV and activations. bfloat16 halves memory and is faster on
         accelerators; only float32 gives the same tokens at every degree. None: float32 on
         CPU, bfloat16 elsewhere.
@@ -122,7 +124,7 @@ class EngineConfig:
     pool: PoolConfig = field(default_factory=PoolConfig)
     max_model_len: int | None = None
     max_chunk_tokens: int = 2048
-    policy: str = "first_come"
+    policy: str = "elastic"
     cost_model: Path | None = None
     dtype: Dtype | None = None
     attention_backend: Backend | None = None
@@ -160,7 +162,7 @@ def engine_config(
     pool_slots: int | None = None,
     max_model_len: int | None = None,
     max_chunk_tokens: int = 2048,
-    policy: str = "first_come",
+    policy: str = "elastic",
     cost_model: str | Path | None = None,
     dtype: Dtype | None = None,
     attention_backend: Backend | None = None,

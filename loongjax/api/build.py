@@ -15,7 +15,7 @@ from loongjax.api.progress import progress_bar
 from loongjax.config import EngineConfig
 from loongjax.costmodel import CorrectedCost, ScalingInformationBase
 from loongjax.costmodel.analytic import analytic_sib
-from loongjax.costmodel.hardware import hardware_of
+from loongjax.costmodel.hardware import hardware_of, load_hardware
 from loongjax.costmodel.padding import Padding
 from loongjax.engine import Engine
 from loongjax.errors import ConfigError
@@ -104,8 +104,8 @@ def build_engine(model: str, config: EngineConfig, policy: Policy | None = None)
       BackendStartedError: jax runs already, with too few devices.
       StepError: Warm-up failed.
     """
-    check_policy(config)
     resolved = resolve(model)
+    check_policy(config, resolved.config)
     _check_max_model_len(config, resolved.config)
     tokenizer = load_tokenizer(resolved.tokenizer)
     executor = _create_executor(resolved, config)
@@ -150,8 +150,8 @@ def plan_engine(model: str, config: EngineConfig) -> tuple[ModelConfig, Executor
 
     Raises as `build_engine`.
     """
-    check_policy(config)
     resolved = resolve(model)
+    check_policy(config, resolved.config)
     _check_max_model_len(config, resolved.config)
     from loongjax.cluster.emulation import prepare_devices
 
@@ -161,15 +161,24 @@ def plan_engine(model: str, config: EngineConfig) -> tuple[ModelConfig, Executor
     return resolved.config, plan_executor(resolved.config, config)
 
 
-def check_policy(config: EngineConfig) -> None:
-    """Before anything is loaded: the policy and its settings exist, and its cost model can be read.
+def check_policy(config: EngineConfig, shape: ModelConfig) -> None:
+    """Before weights are loaded: the policy and its settings exist, its cost model can be read.
 
     Raises:
       ConfigError: One or the other is not so.
     """
     if config.cost_model is not None:
-        ScalingInformationBase.load(config.cost_model)
-    create_policy(config.policy, None)
+        cost = ScalingInformationBase.load(config.cost_model)
+    else:  # of no device in particular: nothing is asked
+        cost = analytic_sib(
+            load_hardware("cpu"),
+            shape,
+            model_name="",
+            tensor_parallel=1,
+            degrees=(1,),
+            slots=1,
+        )
+    create_policy(config.policy, cost)
 
 
 def make_policy(text: str, cost: ScalingInformationBase) -> Policy:

@@ -42,7 +42,7 @@ class ServedModel:
         pool_slots: int | None = None,
         max_model_len: int | None = None,
         max_chunk_tokens: int = 2048,
-        policy: str = "first_come",
+        policy: str = "elastic",
         cost_model: str | Path | None = None,
         dtype: Dtype | None = None,
         attention_backend: Backend | None = None,
@@ -64,10 +64,10 @@ class ServedModel:
           max_model_len: Tokens of prompt and answer together; None: as many as the model and
             the pool allow.
           max_chunk_tokens: Prompt tokens that an instance computes in one step at most.
-          policy: Who plans, such as `loongserve`; settings after a colon
+          policy: Who plans, such as `elastic`; settings after a colon
             (`loongjax.scheduler.policies`).
-          cost_model: File with the times of steps here, which all policies but `first_come`
-            need; `loongjax profile` makes it.
+          cost_model: File with the times of steps here, which `loongjax profile` makes; None:
+            they are estimated.
           dtype: `float32` or `bfloat16`; None: float32 on CPU, bfloat16 elsewhere.
           attention_backend: Which kernels run; None: the platform's own.
           program_dir: Folder of compiled programs; None: a folder of this user.

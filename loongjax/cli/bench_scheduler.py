@@ -39,9 +39,9 @@ def add_command(parts: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     parser.add_argument(
         "--policy",
-        default="loongserve",
+        default="elastic",
         metavar="NAME",
-        help=f"who plans: {', '.join(policy_names())} (default loongserve)",
+        help=f"who plans: {', '.join(policy_names())} (default elastic)",
     )
     add_json_option(parser)
     parser.set_defaults(run=run)

@@ -96,10 +96,10 @@ def _add_size_options(group: argparse._ArgumentGroup) -> None:
 def _add_planning_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--policy",
-        default="first_come",
+        default="elastic",
         metavar="P",
         help="who plans what runs where, such as loongserve, with settings after a colon "
-        "(default first_come, which needs no cost model)",
+        "(default elastic)",
     )
     group.add_argument(
         "--cost-model",

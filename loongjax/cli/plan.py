@@ -49,7 +49,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         action="append",
         metavar="NAME",
         help=f"{', '.join(policy_names())}, with settings after a colon; may be repeated "
-        "(default loongserve)",
+        "(default elastic)",
     )
     group.add_argument(
         "--model-shape", default="llama2-7b", metavar="NAME", help="(default llama2-7b)"
@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> None:
         read_jobs(options),
         options.model_shape,
         read_budgets(options.hardware or ["a800x8"], options.price),
-        options.policy or ["loongserve"],
+        options.policy or ["elastic"],
         objective,
     )
     if options.json:

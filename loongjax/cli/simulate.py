@@ -55,9 +55,9 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     add_workload_options(parser.add_argument_group("workload"))
     parser.add_argument(
         "--policy",
-        default="loongserve",
+        default="elastic",
         metavar="NAME",
-        help=f"who plans: {', '.join(policy_names())} (default loongserve); settings follow a "
+        help=f"who plans: {', '.join(policy_names())} (default elastic); settings follow a "
         "colon, as in chunked_prefill:chunk=512,order=slack",
     )
     parser.add_argument(

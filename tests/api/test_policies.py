@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from loongjax import LLM, SamplingParams
-from loongjax.api.build import make_policy, plan_engine
-from loongjax.config import EngineConfig, engine_config
-from loongjax.costmodel import DecodeWork
+from loongjax.api.build import build_engine, make_policy, plan_engine
+from loongjax.config import engine_config
+from loongjax.costmodel import ChunkWork, DecodeWork
+from loongjax.costmodel.sib import ESTIMATE
 from loongjax.errors import ConfigError
 from loongjax.profiler.fingerprint import fingerprint
 from loongjax.scheduler.learning import Learning
@@ -71,13 +71,35 @@ def test_a_step_of_two_instances_takes_more_chunks_than_one_has_rows(cost_model,
     assert most > 32
 
 
-def test_a_policy_gets_its_settings_and_its_cost_model(cost_model):
-    assert make_policy(EngineConfig()) == FirstCome()
-    policy = make_policy(EngineConfig(policy="loongserve:headroom=9", cost_model=cost_model))
+def test_a_policy_gets_its_settings_and_its_cost_model():
+    assert make_policy("first_come:headroom=0", toy_sib()) == FirstCome(headroom=0)
+    policy = make_policy("loongserve:headroom=9", toy_sib())
     assert isinstance(policy, Learning)
     assert policy.inner == LoongServe(cost=policy.cost, headroom=9)
     assert policy.cost.decode(2, DecodeWork(1, 9, 1)) == toy_sib().decode(2, DecodeWork(1, 9, 1))
-    assert make_policy(EngineConfig(cost_model=cost_model)) == FirstCome()
+
+
+def test_an_estimate_may_be_corrected_by_more_than_what_was_measured():
+    measured = toy_sib()
+    made = replace(measured.fingerprint, software=ESTIMATE)
+    bounds = [
+        make_policy("elastic", cost).cost.bound
+        for cost in (measured, replace(measured, fingerprint=made))
+    ]
+    assert bounds[0] < bounds[1]
+
+
+def test_without_a_cost_model_times_are_estimated_and_the_log_says_so(programs, caplog):
+    options = OPTIONS | {"program_dir": programs}
+    with caplog.at_level("INFO"):
+        built = build_engine("random:tiny", engine_config(**options))
+    with built.engine:
+        assert built.config.policy == "elastic"
+        assert built.cost.is_estimate
+        assert built.cost.pool_slots == 512
+        assert built.cost.padding is not None
+        assert built.cost.prefill(2, [ChunkWork(64, 0)]) > built.cost.prefill(2, [ChunkWork(8, 0)])
+    assert any("elastic plans with times estimated" in line for line in caplog.messages)
 
 
 def test_a_cost_model_of_something_else_is_refused(cost_model, programs):
@@ -91,10 +113,11 @@ def test_a_cost_model_of_something_else_is_refused(cost_model, programs):
         )
 
 
-def test_a_policy_that_plans_by_time_needs_a_cost_model():
-    with pytest.raises(ConfigError, match="'tp' plans by how long steps take; give a cost_model"):
-        make_policy(EngineConfig(policy="tp"))
-    with pytest.raises(ConfigError, match="no policy is called 'magic'"):
-        make_policy(EngineConfig(policy="magic"))
-    with pytest.raises(ConfigError, match="cannot read the cost model"):
-        make_policy(EngineConfig(policy="tp", cost_model=Path("/no/such/file")))
+def test_a_policy_that_does_not_exist_is_refused_before_anything_is_loaded():
+    for options, said in (
+        ({"policy": "magic"}, "no policy is called 'magic'"),
+        ({"policy": "elastic:chunk_s=0"}, "chunk_s must be positive"),
+        ({"policy": "tp", "cost_model": "/no/such/file"}, "cannot read the cost model"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            plan_engine("random:tiny", engine_config(**options))

@@ -17,7 +17,7 @@ def test_json_has_every_case(capsys):
     assert main([*FEW, *cases, "--json"]) == 0
     (line,) = capsys.readouterr().out.strip().splitlines()
     report = json.loads(line)
-    assert report["policy"] == "loongserve"
+    assert report["policy"] == "elastic"
     assert [case["waiting"] for case in report["cases"]] == [10, 30]
     for case in report["cases"]:
         assert case["plans"] == 5

@@ -66,7 +66,7 @@ def test_one_request_is_explained(capsys):
 def test_json_is_one_line_and_complete(capsys):
     report = run_json(capsys, *SHORT)
     assert set(report) >= FIELDS
-    assert (report["policy"], report["workload"]) == ("loongserve", "leval")
+    assert (report["policy"], report["workload"]) == ("elastic", "leval")
     assert (report["requests"], report["completed"], report["instances"]) == (5, 5, 4)
     assert set(report["normalized_ms"]) == {"total", "input", "output"}
     assert set(report["ttft_s"]) == set(report["tpot_s"]) == {"p50", "p90", "p99"}
@@ -142,7 +142,7 @@ def test_lines_for_people(capsys):
     [
         (["--workload", "sharegpt"], "--rate"),
         ([*SHORT, "--hardware", "a800"], "a800x8"),
-        ([*SHORT, "--hardware", "b200x8"], "a100, a800, h100, v5e, v5p, v6e"),
+        ([*SHORT, "--hardware", "b200x8"], "a100, a800, cpu, h100, v5e, v5p, v6e"),
         ([*SHORT, "--hardware", "a800x0"], "number of chips"),
         ([*SHORT, "--instances", "5"], "5 instances of 2 chips each do not fit a800x8"),
         ([*SHORT, "--instances", "0"], "--instances must be at least 1"),

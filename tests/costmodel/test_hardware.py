@@ -10,7 +10,7 @@ from loongjax.costmodel.analytic import (
     parameters,
     pool_slots,
 )
-from loongjax.costmodel.hardware import hardware_names, load_hardware
+from loongjax.costmodel.hardware import hardware_names, hardware_of, load_hardware
 from loongjax.errors import ConfigError
 from loongjax.models.random_weights import random_config
 
@@ -28,19 +28,40 @@ def estimate(name: str, tensor_parallel: int = 2):
 
 
 def test_the_promised_hardware_is_described_with_sources():
-    assert hardware_names() == ("a100", "a800", "h100", "v5e", "v5p", "v6e")
+    assert hardware_names() == ("a100", "a800", "cpu", "h100", "v5e", "v5p", "v6e")
     for name in hardware_names():
         found = load_hardware(name)
         assert found.name == name
         assert found.sources
         assert found.assumptions
-        assert 1e14 < found.flops_per_s < 1e16
+        assert 1e11 < found.flops_per_s < 1e16
         assert 1e10 < found.hbm_bytes < 1e12
 
 
 def test_unknown_hardware_is_refused_with_the_known_names():
     with pytest.raises(ConfigError, match=r"'b200'.*a100.*v6e"):
         load_hardware("b200")
+
+
+@pytest.mark.parametrize(
+    ("kind", "platform", "name"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "gpu", "a100"),
+        ("NVIDIA H200", "gpu", "h100"),
+        ("TPU v5 lite", "tpu", "v5e"),
+        ("TPU v5", "tpu", "v5p"),
+        ("TPU v6 lite", "tpu", "v6e"),
+        ("cpu", "cpu", "cpu"),
+        ("NVIDIA B200", "gpu", "a100"),
+    ],
+)
+def test_a_device_is_known_by_its_kind_or_by_its_platform(kind, platform, name):
+    assert hardware_of(kind, platform).name == name
+
+
+def test_a_device_of_no_known_platform_is_refused():
+    with pytest.raises(ConfigError, match="platform 'abacus'"):
+        hardware_of("abacus", "abacus")
 
 
 def test_a_model_of_7_billion_has_so_many_weights():

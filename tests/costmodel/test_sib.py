@@ -71,7 +71,7 @@ def test_a_file_of_something_else_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 0}, "version 0; this loongjax reads version 3"),
+        ({"version": 0}, "version 0; this loongjax reads version 4"),
         ({"version": None}, "version None"),
         ({"prefill": {}}, "prefill fits of at least one degree"),
         ({"decode": {"0": None}}, "damaged"),

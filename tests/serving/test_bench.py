@@ -41,7 +41,7 @@ def test_rates_and_a_trace(capsys, model, tmp_path):
         assert (run["requests"], run["completed"], run["failed"]) == (20, 20, 0)
         assert run["ttft_s"]["p50"] <= run["ttft_s"]["p99"] <= run["total_s"]["p99"]
         assert run["service_us_per_token"] > 0
-    assert report["policy"] == "first_come"
+    assert report["policy"] == "elastic"
 
 
 @pytest.mark.usefixtures("own_cache")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import grpc
 import pytest
 
@@ -40,7 +42,7 @@ def test_the_state_is_told_again_and_again(stub, inference):
     state = states[-1]
     assert [each.id for each in state.instances] == [0, 1]
     assert sum(each.used for each in state.instances) > 0
-    assert state.policy == "first_come"
+    assert state.policy == "elastic"
     names = [name for group in state.groups for name in group.requests]
     assert names
     watch.cancel()
@@ -96,15 +98,16 @@ def test_the_policy_can_be_changed(stub, inference):
     before = ids_of(generate(inference, request()))
     headroom = "first_come:headroom=0"
     found = stub.SetPolicy(pb.SetPolicyRequest(policy=headroom), timeout=PATIENCE_S)
-    assert found.previous == "first_come"
+    assert found.previous == "elastic"
     assert ids_of(generate(inference, request())) == before
-    back = stub.SetPolicy(pb.SetPolicyRequest(policy="first_come"), timeout=PATIENCE_S)
+    back = stub.SetPolicy(pb.SetPolicyRequest(policy="elastic"), timeout=PATIENCE_S)
     assert back.previous == headroom
     assert "no policy is called 'best'" in refusal(
         lambda: stub.SetPolicy(pb.SetPolicyRequest(policy="best"))
     )
-    assert "cost_model" in refusal(lambda: stub.SetPolicy(pb.SetPolicyRequest(policy="loongserve")))
 
 
-def test_no_cost_model_is_in_force(stub):
-    assert stub.GetCostModel(pb.GetCostModelRequest(), timeout=PATIENCE_S).json == ""
+def test_the_cost_model_in_force_says_that_it_is_an_estimate(stub):
+    content = json.loads(stub.GetCostModel(pb.GetCostModelRequest(), timeout=PATIENCE_S).json)
+    assert content["fingerprint"]["software"] == "estimate"
+    assert content["prefill"].keys() == {"1", "2"}

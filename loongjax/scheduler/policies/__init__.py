@@ -90,6 +90,8 @@ def _parse(text: str) -> tuple[str, _Entry, dict[str, Any]]:
                 f"{', '.join(sorted(known))}"
             )
         values[key] = _value(value)
+        if isinstance(known[key], float) and type(values[key]) is int:
+            values[key] = float(values[key])
         if isinstance(values[key], str) and not isinstance(known[key], str):
             raise ConfigError(
                 f"policy {name!r}: {key} must be a number, true, false or none, not {value!r}"
