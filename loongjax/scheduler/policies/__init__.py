@@ -83,18 +83,19 @@ def _parse(text: str) -> tuple[str, _Entry, dict[str, Any]]:
     known = {each.name: each.default for each in fields(entry.settings) if each.name != "cost"}
     values = {}
     for setting in filter(None, rest.split(",")):
-        key, equals, value = setting.partition("=")
+        key, equals, written = setting.partition("=")
         if key not in known or not equals:
             raise ConfigError(
                 f"policy {name!r} has no setting {setting!r}; write NAME=VALUE with one of "
                 f"{', '.join(sorted(known))}"
             )
-        values[key] = _value(value)
-        if isinstance(known[key], float) and type(values[key]) is int:
-            values[key] = float(values[key])
+        value = _value(written)
+        if isinstance(known[key], float) and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        values[key] = value
         if isinstance(values[key], str) and not isinstance(known[key], str):
             raise ConfigError(
-                f"policy {name!r}: {key} must be a number, true, false or none, not {value!r}"
+                f"policy {name!r}: {key} must be a number, true, false or none, not {written!r}"
             )
     return name, entry, values
 

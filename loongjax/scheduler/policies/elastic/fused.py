@@ -7,7 +7,7 @@ their own after it; else they wait for that.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from loongjax.costmodel.protocol import ChunkWork, CostModel, DecodeWork
@@ -219,7 +219,8 @@ class FusedStep:
         return [view for view, _ in self._riders]
 
 
-def _largest(seconds, limit, most):  # type: ignore[no-untyped-def]
+def _largest(seconds: Callable[[int], float], limit: float, most: int) -> int:
+    """The most tokens, up to `most`, that take no longer than `limit`; to a 32nd, 1 at least."""
     low, high = 1, most + 1
     while high - low > max(1, low // 32):
         middle = (low + high) // 2
