@@ -10,11 +10,11 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Mapping, Sequence
 
-from loongjax.engine.front import Abort, Input, Submission
+from loongjax.engine.front import Abort, Drain, Input, Submission
 from loongjax.engine.handle import RequestHandle
 from loongjax.engine.messages import Event, FinishedEvent, GenerationRequest
 from loongjax.errors import RequestError
-from loongjax.plan import RequestId
+from loongjax.plan import InstanceId, RequestId
 from loongjax.sampling.params import SamplingParams
 from loongjax.simulator.jobs import Ending, Job, Outcome
 
@@ -27,8 +27,15 @@ class SimulatedDoor:
       outcomes: Of those that ended, in the order of their ends.
     """
 
-    def __init__(self, jobs: Sequence[Job], *, refusal: Callable[[Job], str | None]) -> None:
-        """`refusal` gives the reason why a job can never run, or None.
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        *,
+        refusal: Callable[[Job], str | None],
+        drains: Sequence[tuple[float, InstanceId]] = (),
+    ) -> None:
+        """`refusal` gives the reason why a job can never run, or None; `drains` says when an
+        instance is taken out of use [s].
 
         Raises:
           RequestError: Two jobs have the same id.
@@ -45,6 +52,7 @@ class SimulatedDoor:
         self._next = 0
         self._open: dict[RequestId, RequestHandle] = {}
         self._aborts: list[tuple[float, RequestId]] = []
+        self._drains = sorted(drains)
 
     # ---- the clock's side ------------------------------------------------------------
 
@@ -54,9 +62,11 @@ class SimulatedDoor:
         arrival = self._line[self._next].arrival if self._next < len(self._line) else None
         while self._aborts and self._aborts[0][1] not in self._open:
             heapq.heappop(self._aborts)
-        if not self._aborts:
+        if not self._aborts and not self._drains:
             return arrival
-        return self._aborts[0][0] if arrival is None else min(arrival, self._aborts[0][0])
+        times = [] if arrival is None else [arrival]
+        times += [line[0][0] for line in (self._aborts, self._drains) if line]
+        return min(times, default=None)
 
     def advance(self, now: float) -> None:
         """Time went on: what came up to `now` can be taken."""
@@ -90,6 +100,8 @@ class SimulatedDoor:
             handle = self._open.get(heapq.heappop(self._aborts)[1])
             if handle is not None:
                 taken.append(Abort(handle=handle))
+        while self._drains and self._drains[0][0] <= self._now:
+            taken.append(Drain(instance=self._drains.pop(0)[1], draining=True))
         return taken
 
     def retire(self, request: RequestId) -> None:

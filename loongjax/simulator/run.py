@@ -17,6 +17,7 @@ from loongjax.engine.state import State
 from loongjax.errors import RequestError
 from loongjax.executor.host_time import HostTime
 from loongjax.kvcache import BlockAllocator
+from loongjax.plan import InstanceId
 from loongjax.scheduler.policy import Policy
 from loongjax.simulator.deployment import Deployment
 from loongjax.simulator.door import SimulatedDoor
@@ -74,8 +75,9 @@ def assemble(
     deployment: Deployment,
     policy: Policy,
     make_state: Callable[..., State] = State,
+    drains: Sequence[tuple[float, InstanceId]] = (),
 ) -> Cluster:
-    """Puts a simulation together, ready to serve.
+    """Puts a simulation together, ready to serve; see `simulate`.
 
     Raises:
       RequestError: There are no jobs, or two with one id.
@@ -87,7 +89,7 @@ def assemble(
         slots=deployment.pool_slots,
         block_size=deployment.block_size,
     )
-    door = SimulatedDoor(jobs, refusal=deployment.refusal)
+    door = SimulatedDoor(jobs, refusal=deployment.refusal, drains=drains)
     executor = VirtualExecutor(
         door=door,
         ledger=Ledger(allocator),
@@ -118,8 +120,19 @@ def assemble(
     )
 
 
-def simulate(jobs: Sequence[Job], deployment: Deployment, policy: Policy) -> Run:
+def simulate(
+    jobs: Sequence[Job],
+    deployment: Deployment,
+    policy: Policy,
+    drains: Sequence[tuple[float, InstanceId]] = (),
+) -> Run:
     """Runs all jobs to their end.
+
+    Args:
+      jobs: What comes.
+      deployment: What serves it.
+      policy: How.
+      drains: When instances are taken out of use [s], for good: who has KV there goes on.
 
     Raises:
       PlanError: The policy broke a rule.
@@ -128,7 +141,7 @@ def simulate(jobs: Sequence[Job], deployment: Deployment, policy: Policy) -> Run
       RequestError: There are no jobs, or two with one id.
     """
     started = time.perf_counter()
-    cluster = assemble(jobs, deployment, policy)
+    cluster = assemble(jobs, deployment, policy, drains=drains)
     allocator, door, executor = cluster.allocator, cluster.door, cluster.executor
     cluster.loop.serve()
     allocator.check_integrity()

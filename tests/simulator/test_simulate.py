@@ -202,3 +202,20 @@ def test_everybody_ends_once_and_alike_every_time(drawn, block_size, instances, 
             assert one.first_token is not None
             assert one.job.arrival < one.first_token <= one.end
     assert 0.0 <= result.busy_fraction <= 1.0 + 1e-9
+
+
+def test_a_drained_instance_takes_no_more_kv():
+    jobs = [job(f"r{i}", 300, 40, arrival=0.05 * i) for i in range(60)]
+    deployment = toy_deployment()
+    run = simulate(jobs, deployment, FirstCome(), drains=[(1.5, 0)])
+    assert {outcome.ending for outcome in run.outcomes} == {"completed"}
+    drained_at = 1.6  # a step may just have been planned
+    kept = [
+        share.instance
+        for step in run.history.steps()
+        if step.started > drained_at
+        for share in step.kept
+    ]
+    assert set(kept) == {1}
+    before = [s for step in run.history.steps() if step.started < 1.5 for s in step.kept]
+    assert {share.instance for share in before} == {0, 1}
