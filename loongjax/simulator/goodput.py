@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from loongjax.errors import RequestError
+from loongjax.plan import InstanceId
 from loongjax.scheduler.policy import Policy
 from loongjax.simulator.bound import fluid_rate, fluid_seconds_done
 from loongjax.simulator.deployment import Deployment
@@ -72,6 +73,7 @@ def find_goodput(
     objective: Objective,
     *,
     precision: float = 0.02,
+    drains: Sequence[tuple[float, InstanceId]] = (),
 ) -> Goodput:
     """Searches by bisection.
 
@@ -81,11 +83,12 @@ def find_goodput(
       policy: How.
       objective: What is good enough.
       precision: Of the result, as a part of the fluid bound.
+      drains: Of each run; see `simulate`.
 
     Raises:
       RequestError: Fewer than 20 jobs, or all at once.
     """
-    search = _Search(jobs, deployment, policy, objective)
+    search = _Search(jobs, deployment, policy, objective, drains)
     saturated = search.probe(search.bound).work_rate
     paper = search.bisect(search.bound, precision, lambda probe: probe.attained.total)
     every_class = search.bisect(paper, precision, lambda probe: probe.attained.least)
@@ -108,6 +111,7 @@ class _Search:
         deployment: Deployment,
         policy: Policy,
         objective: Objective,
+        drains: Sequence[tuple[float, InstanceId]],
     ) -> None:
         if len(jobs) < _FEWEST:
             raise RequestError(
@@ -116,6 +120,7 @@ class _Search:
         self._deployment = deployment
         self._policy = policy
         self._objective = objective
+        self._drains = drains
         self._jobs = at_rate(jobs, 1.0)
         self.bound = fluid_rate(jobs, deployment)
         self._duration = len(jobs) / self.bound
@@ -125,7 +130,8 @@ class _Search:
         """Runs the jobs that come within the duration at this rate."""
         if rate not in self.probes:
             count = min(len(self._jobs), max(_FEWEST, math.ceil(rate * self._duration)))
-            run = simulate(at_rate(self._jobs[:count], rate), self._deployment, self._policy)
+            jobs = at_rate(self._jobs[:count], rate)
+            run = simulate(jobs, self._deployment, self._policy, self._drains)
             self.probes[rate] = probe = Probe(
                 rate=rate,
                 requests=count,

@@ -1,0 +1,457 @@
+"""Measures the policy `elastic` in the simulator, on 8 A800: tables and figures.
+
+    python scripts/evaluate_elastic.py --out elastic [--only targets] [--seconds 1000] [--seeds 3]
+
+Every run is a cell, kept in a file of its own: whoever broke off goes on where it was, and several
+processes share the work. Parts: `targets` (sustainable goodput against LoongServe and chunked
+prefill), `latency` (time to first token at 0.6 of the fluid bound), `robust` (wrong cost models,
+bursts, an instance lost), `ablation` (one idea left out), and `sensitivity` (every constant at half
+and at twice its value). The last two change constants of modules: what nobody should set has no
+option.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import matplotlib
+
+if __package__ is None:  # run as a file
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+matplotlib.use("Agg")
+import numpy as np
+from matplotlib.figure import Figure
+
+from loongjax.costmodel import ScalingInformationBase
+from loongjax.scheduler.policies import create_policy, policy_layout
+from loongjax.scheduler.policies.elastic import clock, fused, gathering, lanes, order, prompts
+from loongjax.simulator import (
+    Job,
+    Objective,
+    at_rate,
+    attainment,
+    deploy,
+    draw_jobs,
+    find_goodput,
+    fluid_rate,
+    is_workload,
+    read_trace,
+    simulate,
+    work_rate,
+)
+from loongjax.simulator.jobs import length_class
+
+HARDWARE = "a800x8"
+SHAPE = "llama2-7b"
+WORKLOADS = ("sharegpt", "leval", "lveval", "mixed", "zipf:1.0", "zipf:1.2", "zipf:1.4")
+SLACK = tuple(f"chunked_prefill:order=slack,chunk={size}" for size in (2048, 4096))
+# What is asked of `elastic`: goodput over LoongServe's, and over chunked prefill's in slack order.
+TARGETS = {
+    "sharegpt": (1.05, 1.1),
+    "leval": (1.2, 1.3),
+    "lveval": (1.3, 2.0),
+    "mixed": (1.3, 2.5),
+    "zipf:1.0": (1.2, 1.1),
+    "zipf:1.2": (1.4, 1.1),
+    "zipf:1.4": (1.3, 1.0),
+}
+TRACE_TARGET = (1.1, 1.0)
+LATENCY = ("mixed", "zipf:1.0")
+PART = 0.6
+NO_LIMIT = 1e9
+
+Change = tuple[Any, str, Any]
+"""A module or class, the name of what is changed in it, and what it becomes."""
+
+ABLATIONS: dict[str, tuple[str, tuple[Change, ...]]] = {
+    "everything": ("elastic", ()),
+    "whole prompts": (f"elastic:chunk_s={NO_LIMIT}", ()),
+    "order of arrival": ("elastic", ((order, "_EVENNESS", 0.0),)),
+    "no riders": ("elastic", ((fused.FusedStep, "_carries", lambda self, works: False),)),
+    "no decodes moved": (
+        "elastic",
+        ((gathering.Gathering, "move", lambda self, lanes, seq: None),),
+    ),
+    "no early reserve": ("elastic", ((clock, "_RESERVE", 0.0),)),
+    "all instances for every long prompt": ("elastic", ((lanes, "_CONSTANT_PART", NO_LIMIT),)),
+    "one instance for every prompt that fits": ("elastic", ((lanes, "_CONSTANT_PART", 0.0),)),
+    "none alone beside lanes": (
+        "elastic",
+        ((prompts.Prompts, "_begin_alone", lambda self, view, lane: False),),
+    ),
+}
+CONSTANTS: tuple[tuple[Any, str], ...] = (
+    (order, "_HEAD_START_S"),
+    (order, "_EVENNESS"),
+    (clock, "_RESERVE"),
+    (clock, "_RESERVE_TOKENS"),
+    (clock, "_LOST"),
+    (fused, "_WORTH"),
+    (fused, "_LEFTOVER"),
+    (lanes, "_CONSTANT_PART"),
+    (lanes, "_DECODING_PART"),
+    (gathering, "_EARLY"),
+    (gathering, "_SPARE_PART"),
+    (prompts, "_CATCHING_UP"),
+    (prompts, "_STARVING"),
+    (prompts, "_ALONE"),
+)
+SETTINGS = {"decode_s": 0.045, "chunk_s": 0.5, "floor_s": 0.04, "headroom": 512}
+FACTORS = (0.5, 2.0)
+SENSITIVE = ("leval", "mixed", "zipf:1.0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One run or search: where it stands, and how it is made."""
+
+    part: str
+    workload: str
+    column: str
+    seed: int
+    make: Callable[[], dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        text = f"{self.part}-{Path(self.workload).name}-{self.column}-{self.seed}"
+        return "".join(c if c.isalnum() or c in ".-" else "_" for c in text)
+
+
+class Evaluation:
+    """Makes cells, and keeps them in a folder."""
+
+    def __init__(self, out: Path, seconds: float, seeds: int, trace: Path | None) -> None:
+        self.out = out
+        self.seconds = seconds
+        self.seeds = range(seeds)
+        self.trace = trace
+        (out / "cells").mkdir(parents=True, exist_ok=True)
+
+    # ---- cells -----------------------------------------------------------------------
+
+    def value(self, cell: Cell) -> dict[str, Any] | None:
+        """What a cell says, made now or read; None if another process makes it just now."""
+        path = self.out / "cells" / f"{cell.name}.json"
+        if path.exists():
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        lock = path.with_suffix(".lock")
+        try:
+            lock.touch(exist_ok=False)
+        except FileExistsError:
+            return None
+        try:
+            value = {**cell.make(), "seconds": self.seconds}
+            part = path.with_suffix(".part")
+            part.write_text(json.dumps(value), encoding="utf-8")
+            part.replace(path)
+        finally:
+            with suppress(FileNotFoundError):
+                lock.unlink()
+        return value
+
+    def cells(self) -> Iterator[Cell]:
+        """Everything, in order."""
+        workloads = [*WORKLOADS, *([str(self.trace)] if self.trace else ())]
+        for seed in self.seeds:
+            for workload in workloads:
+                for policy in ("elastic", "loongserve", *SLACK):
+                    yield self._goodput("targets", workload, policy, policy, seed)
+            for workload in LATENCY:
+                for policy in ("elastic", "loongserve"):
+                    yield Cell(
+                        part="latency",
+                        workload=workload,
+                        column=policy,
+                        seed=seed,
+                        make=lambda w=workload, p=policy, s=seed: self.latency(w, p, s),
+                    )
+        for workload in LATENCY:
+            for policy in ("elastic", "loongserve"):
+                yield from self._robust(workload, policy)
+        for workload in SENSITIVE:
+            for name, (policy, changes) in ABLATIONS.items():
+                yield self._goodput("ablation", workload, name, policy, 0, changes)
+        yield from self._sensitivity()
+
+    def _goodput(
+        self,
+        part: str,
+        workload: str,
+        column: str,
+        policy: str,
+        seed: int,
+        changes: Sequence[Change] = (),
+        **conditions: Any,
+    ) -> Cell:
+        def make() -> dict[str, Any]:
+            with changed(changes):
+                return self.goodput(workload, policy, seed, **conditions)
+
+        return Cell(part=part, workload=workload, column=column, seed=seed, make=make)
+
+    def _robust(self, workload: str, policy: str) -> Iterator[Cell]:
+        conditions: dict[str, dict[str, Any]] = {
+            "as it is": {},
+            "times 30 % too long": {"factors": (1.3, 1.3)},
+            "times 30 % too short": {"factors": (0.7, 0.7)},
+            "prompts 30 % too short, decodes too long": {"factors": (0.7, 1.3)},
+            "prompts 30 % too long, decodes too short": {"factors": (1.3, 0.7)},
+            "answers up to 16,384 told": {"limit": 16_384},
+            "bursts (CV 3)": {"cv": 3.0},
+            "an instance lost half way": {"lost": True},
+        }
+        for name, condition in conditions.items():
+            yield self._goodput("robust", workload, f"{policy}, {name}", policy, 0, **condition)
+
+    def _sensitivity(self) -> Iterator[Cell]:
+        for workload in SENSITIVE:
+            for module, name in CONSTANTS:
+                for factor in FACTORS:
+                    value = getattr(module, name)
+                    value = type(value)(value * factor)
+                    column = f"{name.strip('_').lower()} x {factor:g}"
+                    change = ((module, name, value),)
+                    yield self._goodput("sensitivity", workload, column, "elastic", 0, change)
+            for name, usual in SETTINGS.items():
+                for factor in FACTORS:
+                    policy = f"elastic:{name}={type(usual)(usual * factor)}"
+                    column = f"{name} x {factor:g}"
+                    yield self._goodput("sensitivity", workload, column, policy, 0)
+
+    # ---- what a cell is made of ------------------------------------------------------
+
+    def jobs(
+        self, workload: str, seed: int, cv: float = 1.0, limit: int | None = None
+    ) -> list[Job]:
+        """As many as keep the fluid bound busy for the seconds asked for."""
+        if not is_workload(workload):
+            every = read_trace(workload, limit=limit)
+            count = self._count(every)
+            first = seed * count % max(1, len(every) - count)
+            return every[first : first + count]
+        few = draw_jobs(workload, 2000, rate=1.0, seed=seed)
+        return draw_jobs(workload, self._count(few), rate=1.0, seed=seed, cv=cv, limit=limit)
+
+    def _count(self, jobs: Sequence[Job]) -> int:
+        bound = fluid_rate(jobs, deploy(HARDWARE, SHAPE))
+        return max(60, math.ceil(bound * self.seconds))
+
+    def goodput(
+        self,
+        workload: str,
+        policy: str,
+        seed: int,
+        *,
+        factors: tuple[float, float] = (1.0, 1.0),
+        lost: bool = False,
+        **drawn: Any,
+    ) -> dict[str, Any]:
+        """Rates that a policy sustains [requests/s].
+
+        Args:
+          workload, policy, seed: Of what.
+          factors: By what its cost model's times of prompts and of decodes are wrong.
+          lost: Whether an instance is drained half way.
+          drawn: Of `jobs`.
+        """
+        deployment = deploy(HARDWARE, SHAPE, layout=policy_layout(policy))
+        made = create_policy(policy, wrong(deployment.cost, *factors))
+        jobs = self.jobs(workload, seed, **drawn)
+        drains = [(self.seconds / 2, 0)] if lost else []
+        found = find_goodput(jobs, deployment, made, Objective(), drains=drains)
+        names = ("paper", "every_class", "sustainable", "saturated", "bound")
+        return {name: getattr(found, name) for name in names}
+
+    def latency(self, workload: str, policy: str, seed: int) -> dict[str, Any]:
+        """Times to first token at a part of the fluid bound, by class of length [s]."""
+        deployment = deploy(HARDWARE, SHAPE, layout=policy_layout(policy))
+        jobs = self.jobs(workload, seed)
+        rate = PART * fluid_rate(jobs, deployment)
+        jobs = at_rate(jobs[: math.ceil(PART * len(jobs))], rate)
+        run = simulate(jobs, deployment, create_policy(policy, deployment.cost))
+        times: dict[str, list[float]] = {}
+        for outcome in run.outcomes:
+            times.setdefault(length_class(outcome.job.prompt), []).append(outcome.ttft)
+        found: dict[str, Any] = {
+            name: {"p50": float(np.median(t)), "p99": float(np.quantile(t, 0.99)), "mean": mean(t)}
+            for name, t in times.items()
+        }
+        found["attained"] = attainment(run, deployment, Objective()).least
+        found["work"] = work_rate(run, deployment, rate) / rate
+        return found
+
+
+def wrong(cost: ScalingInformationBase, prefill: float, decode: float) -> ScalingInformationBase:
+    """A cost model whose times are wrong by these factors."""
+    return replace(
+        cost,
+        prefill_fits={d: scaled(fit, prefill) for d, fit in cost.prefill_fits.items()},
+        decode_fits={d: scaled(fit, decode) for d, fit in cost.decode_fits.items()},
+    )
+
+
+def scaled(fit: Any, factor: float) -> Any:
+    """A fit, all of whose coefficients are times so much."""
+    return replace(fit, **{each.name: factor * getattr(fit, each.name) for each in fields(fit)})
+
+
+@contextmanager
+def changed(changes: Sequence[Change]) -> Iterator[None]:
+    """With other constants, for as long as it lasts."""
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
+    try:
+        for owner, name, value in changes:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
+
+
+# ---- tables and figures --------------------------------------------------------------
+
+
+Found = dict[tuple[str, str, str], list[dict[str, Any]]]
+"""Part, workload and column; for each seed."""
+
+
+def rate(found: Found, part: str, workload: str, column: str, name: str = "sustainable") -> float:
+    """The mean over seeds; not a number if it is missing."""
+    values = [each[name] for each in found.get((part, workload, column), ())]
+    return mean(values) if values else math.nan
+
+
+def target_rows(found: Found) -> Iterator[list[str]]:
+    """What was reached, beside what is asked."""
+    yield ["workload", "elastic", "paper's P90", "of bound", "loongserve", "ratio", "asked"] + [
+        *("chunked, slack", "ratio", "asked", "saturated", "loongserve saturated")
+    ]
+    for workload in dict.fromkeys(w for part, w, _ in found if part == "targets"):
+        mine, other = (rate(found, "targets", workload, p) for p in ("elastic", "loongserve"))
+        slack = max(rate(found, "targets", workload, p) for p in SLACK)
+        bound = rate(found, "targets", workload, "elastic", "bound")
+        asked = TARGETS.get(workload, TRACE_TARGET)
+        full = [
+            rate(found, "targets", workload, p, "saturated") / bound
+            for p in ("elastic", "loongserve")
+        ]
+        paper = rate(found, "targets", workload, "elastic", "paper")
+        numbers = (mine, paper, mine / bound, other, mine / other, asked[0])
+        yield [
+            Path(workload).name,
+            *(f"{x:.3g}" for x in (*numbers, slack, mine / slack, asked[1], *full)),
+        ]
+
+
+def latency_rows(found: Found) -> Iterator[list[str]]:
+    """Times to first token, by class."""
+    yield ["workload", "policy", "class", "p50 [s]", "p99 [s]", "mean [s]"]
+    for (part, workload, policy), runs in found.items():
+        for name in ("<4k", "4k-32k", "32k-128k", ">128k") if part == "latency" else ():
+            if all(name in each for each in runs):
+                times = [mean(each[name][key] for each in runs) for key in ("p50", "p99", "mean")]
+                yield [workload, policy, name, *(f"{t:.3g}" for t in times)]
+
+
+def goodput_rows(found: Found, part: str) -> Iterator[list[str]]:
+    """Goodputs of a part, and what part of the unchanged one's they are."""
+    yield ["workload", "what", "sustainable [1/s]", "of the first", "saturated / bound"]
+    first: dict[str, float] = {}
+    for (of, workload, column), _ in found.items():
+        if of != part:
+            continue
+        value = rate(found, part, workload, column)
+        usual = rate(found, "ablation", workload, "everything")
+        base = first.setdefault(workload, value if part != "sensitivity" else usual)
+        bound = rate(found, part, workload, column, "bound")
+        full = rate(found, part, workload, column, "saturated") / bound
+        yield [workload, column, f"{value:.3g}", f"{value / base:.2f}", f"{full:.2f}"]
+
+
+def write_table(path: Path, rows: Iterator[list[str]]) -> None:
+    """As CSV."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+
+
+def draw_sensitivity(found: Found, path: Path) -> None:
+    """Goodput at half and at twice each constant, as a part of the usual one's."""
+    columns = list(dict.fromkeys(c for part, _, c in found if part == "sensitivity"))
+    names = list(dict.fromkeys(column.rpartition(" x ")[0] for column in columns))
+    picture = Figure(figsize=(10, 0.32 * len(names) + 1.5), layout="constrained")
+    for axes, workload in zip(
+        picture.subplots(1, len(SENSITIVE), sharey=True), SENSITIVE, strict=True
+    ):
+        usual = rate(found, "ablation", workload, "everything")
+        for factor, colour in zip(FACTORS, ("C0", "C1"), strict=True):
+            values = [
+                rate(found, "sensitivity", workload, f"{name} x {factor:g}") / usual
+                for name in names
+            ]
+            axes.plot(values, names, "o", color=colour, label=f"x {factor:g}")
+        axes.axvline(1.0, color="k", linewidth=0.5)
+        axes.set_title(workload, fontsize=9)
+        axes.tick_params(labelsize=7)
+        axes.set_xlabel("sustainable goodput, of the usual", fontsize=7)
+    picture.axes[0].legend(fontsize=7)
+    picture.savefig(path, dpi=120)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Makes what is missing, then all tables and figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of results")
+    parser.add_argument(
+        "--only",
+        action="append",
+        metavar="PART",
+        help="targets, latency, robust, ablation, sensitivity; repeatable",
+    )
+    parser.add_argument("--workload", action="append", metavar="W", help="only these; repeatable")
+    parser.add_argument("--seconds", type=float, default=1000.0, help="of a run (default 1000)")
+    parser.add_argument("--seeds", type=int, default=3, help="of targets, latency (default 3)")
+    parser.add_argument("--trace", type=Path, help="a trace to be served as well")
+    options = parser.parse_args(arguments)
+    evaluation = Evaluation(options.out, options.seconds, options.seeds, options.trace)
+    cells = [
+        cell
+        for cell in evaluation.cells()
+        if (not options.only or cell.part in options.only)
+        and (not options.workload or cell.workload in options.workload)
+    ]
+    found: Found = {}
+    for number, cell in enumerate(cells, 1):
+        started = time.perf_counter()
+        value = evaluation.value(cell)
+        if value is None:
+            continue
+        found.setdefault((cell.part, cell.workload, cell.column), []).append(value)
+        told = {k: v for k, v in value.items() if isinstance(v, float) and k != "seconds"}
+        print(
+            f"[{number}/{len(cells)}] {cell.name}: "
+            + ", ".join(f"{key} {number:.4g}" for key, number in told.items())
+            + f", {time.perf_counter() - started:.0f} s",
+            flush=True,
+        )
+    write_table(options.out / "targets.csv", target_rows(found))
+    write_table(options.out / "latency.csv", latency_rows(found))
+    for part in ("robust", "ablation", "sensitivity"):
+        write_table(options.out / f"{part}.csv", goodput_rows(found, part))
+    if any(part == "sensitivity" for part, _, _ in found):
+        draw_sensitivity(found, options.out / "sensitivity.png")
+
+
+if __name__ == "__main__":
+    main()
