@@ -79,10 +79,7 @@ ABLATIONS: dict[str, tuple[str, tuple[Change, ...]]] = {
     "whole prompts": (f"elastic:chunk_s={NO_LIMIT}", ()),
     "order of arrival": ("elastic", ((order, "_EVENNESS", 0.0),)),
     "no riders": ("elastic", ((fused.FusedStep, "_carries", lambda self, works: False),)),
-    "no decodes moved": (
-        "elastic",
-        ((gathering.Gathering, "move", lambda self, lanes, seq: None),),
-    ),
+    "no decodes moved": ("elastic", ((gathering.Gathering, "move", lambda *what: None),)),
     "no early reserve": ("elastic", ((clock, "_RESERVE", 0.0),)),
     "all instances for every long prompt": ("elastic", ((lanes, "_CONSTANT_PART", NO_LIMIT),)),
     "one instance for every prompt that fits": ("elastic", ((lanes, "_CONSTANT_PART", 0.0),)),
@@ -261,7 +258,9 @@ class Evaluation:
         """Rates that a policy sustains [requests/s].
 
         Args:
-          workload, policy, seed: Of what.
+          workload: What comes.
+          policy: Who plans.
+          seed: Of the draws.
           factors: By what its cost model's times of prompts and of decodes are wrong.
           lost: Whether an instance is drained half way.
           drawn: Of `jobs`.
@@ -335,8 +334,9 @@ def rate(found: Found, part: str, workload: str, column: str, name: str = "susta
 
 def target_rows(found: Found) -> Iterator[list[str]]:
     """What was reached, beside what is asked."""
-    yield ["workload", "elastic", "paper's P90", "of bound", "loongserve", "ratio", "asked"] + [
-        *("chunked, slack", "ratio", "asked", "saturated", "loongserve saturated")
+    yield [
+        *("workload", "elastic", "paper's P90", "of bound", "loongserve", "ratio", "asked"),
+        *("chunked, slack", "ratio", "asked", "saturated", "loongserve saturated"),
     ]
     for workload in dict.fromkeys(w for part, w, _ in found if part == "targets"):
         mine, other = (rate(found, "targets", workload, p) for p in ("elastic", "loongserve"))
