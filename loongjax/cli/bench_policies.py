@@ -11,8 +11,8 @@ from loongjax.errors import ConfigError
 
 _DESCRIPTION = """\
 Serves short prompts that keep coming while long ones are computed, under each policy in turn, on
-emulated instances of random:bench58m in float32. Wants an otherwise idle machine, and a cost model
-of it: `loongjax profile --model random:bench58m --instances N --out FILE`.
+emulated instances of random:bench58m in float32. Wants an otherwise idle machine, and is fairer
+with a cost model of it: `loongjax profile --model random:bench58m --instances N --out FILE`.
 """
 
 _EPILOG = """\
@@ -30,7 +30,9 @@ def add_command(benches: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--cost-model", required=True, metavar="FILE", help="times of steps here")
+    parser.add_argument(
+        "--cost-model", metavar="FILE", help="times of steps here (default: estimated)"
+    )
     for flag, default, text in (
         ("--instances", 2, "emulated instances"),
         ("--pool-slots", 65_536, "KV slots of each"),

@@ -1,0 +1,107 @@
+"""The script that measures `elastic`: its cells, changed constants, tables and pictures."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+
+from loongjax.costmodel import ChunkWork, DecodeWork
+from loongjax.scheduler.policies.elastic import clock, order
+from scripts import evaluate_elastic
+from scripts.evaluate_elastic import (
+    ABLATIONS,
+    CONSTANTS,
+    Cell,
+    Evaluation,
+    changed,
+    main,
+    wrong,
+)
+from tests.costmodel.sibs import toy_sib
+
+
+def table(path) -> list[list[str]]:
+    with path.open(newline="") as file:
+        return list(csv.reader(file))
+
+
+@pytest.fixture
+def made_up(monkeypatch):
+    """Cells are quick: goodput is longer for longer names of policies."""
+
+    def goodput(self, workload, policy, seed, **conditions):
+        sustained = 1.0 + len(policy) / 100 + seed
+        names = ("paper", "every_class", "sustainable", "saturated")
+        return dict.fromkeys(names, sustained) | {"bound": 2.0}
+
+    monkeypatch.setattr(Evaluation, "goodput", goodput)
+    monkeypatch.setattr(evaluate_elastic, "SENSITIVE", ("mixed", "leval"))
+
+
+def test_targets_stand_beside_what_was_reached(made_up, tmp_path):
+    main(["--out", str(tmp_path), "--only", "targets", "--seeds", "2"])
+    head, *rows = table(tmp_path / "targets.csv")
+    assert [row[0] for row in rows] == list(evaluate_elastic.WORKLOADS)
+    mixed = dict(zip(head, rows[3], strict=True))
+    assert float(mixed["elastic"]) == pytest.approx(1.57)
+    assert float(mixed["loongserve"]) == pytest.approx(1.6)
+
+
+def test_sensitivity_is_drawn_for_every_constant(made_up, tmp_path, capsys):
+    main(["--out", str(tmp_path), "--only", "sensitivity", "--only", "ablation"])
+    assert (tmp_path / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
+    rows = table(tmp_path / "sensitivity.csv")[1:]
+    assert len(rows) == 2 * 2 * (len(CONSTANTS) + len(evaluate_elastic.SETTINGS))
+    assert len(table(tmp_path / "ablation.csv")) == 1 + 2 * len(ABLATIONS)
+    capsys.readouterr()
+    main(["--out", str(tmp_path), "--only", "ablation"])
+    assert ", 0 s" in capsys.readouterr().out, "made once"
+
+
+def test_a_cell_that_another_process_makes_is_left_out(tmp_path):
+    evaluation = Evaluation(tmp_path, 10.0, 1, None)
+    cell = Cell(part="p", workload="w", column="c", seed=0, make=lambda: {"sustainable": 1.0})
+    lock = tmp_path / "cells" / f"{cell.name}.lock"
+    lock.touch()
+    assert evaluation.value(cell) is None
+    lock.unlink()
+    assert evaluation.value(cell) == {"sustainable": 1.0, "seconds": 10.0}
+    assert not lock.exists()
+
+
+def test_constants_are_what_they_were_afterwards():
+    before = order._EVENNESS, clock._RESERVE
+
+    def fail():
+        with changed(((order, "_EVENNESS", 0.0), (clock, "_RESERVE", 0.1))):
+            assert (order._EVENNESS, clock._RESERVE) == (0.0, 0.1)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert before == (order._EVENNESS, clock._RESERVE)
+    assert all(hasattr(module, name) for module, name in CONSTANTS)
+
+
+def test_a_wrong_cost_model_is_wrong_by_its_factors():
+    right, found = toy_sib(), wrong(toy_sib(), 1.3, 0.7)
+    chunks, work = [ChunkWork(100, 50)], DecodeWork(3, 200, 1)
+    assert found.prefill(2, chunks) == pytest.approx(1.3 * right.prefill(2, chunks))
+    assert found.decode(2, work) == pytest.approx(0.7 * right.decode(2, work))
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_without_any_idea_everybody_is_served(name, tmp_path):
+    policy, changes = ABLATIONS[name]
+    evaluation = Evaluation(tmp_path, 20.0, 1, None)
+    with changed(changes):
+        found = evaluation.latency("zipf:1.0", policy, seed=1)
+    assert found["<4k"]["p99"] > 0.0
+
+
+def test_an_instance_is_lost_and_bursts_come(tmp_path):
+    evaluation = Evaluation(tmp_path, 10.0, 1, None)
+    for conditions in ({"lost": True}, {"cv": 3.0}, {"limit": 2048}, {"factors": (1.3, 0.7)}):
+        found = evaluation.goodput("zipf:1.4", "elastic", 0, **conditions)
+        assert 0.0 <= found["sustainable"] <= found["bound"]
