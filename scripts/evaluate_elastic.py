@@ -85,7 +85,7 @@ ABLATIONS: dict[str, tuple[str, tuple[Change, ...]]] = {
     "one instance for every prompt that fits": ("elastic", ((lanes, "_CONSTANT_PART", 0.0),)),
     "none alone beside lanes": (
         "elastic",
-        ((prompts.Prompts, "_begin_alone", lambda self, view, lane: False),),
+        ((prompts.Prompts, "_begin_alone", lambda self, view: False),),
     ),
 }
 CONSTANTS: tuple[tuple[Any, str], ...] = (

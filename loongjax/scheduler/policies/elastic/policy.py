@@ -27,13 +27,13 @@ from loongjax.scheduler.policies.continuing import groups_to_go_on
 from loongjax.scheduler.policies.elastic.clock import Clock
 from loongjax.scheduler.policies.elastic.order import Order
 from loongjax.scheduler.policies.elastic.prompts import Prompts
+from loongjax.scheduler.policies.elastic.reasons import PREEMPTED
 from loongjax.scheduler.policies.seating import Seating
 from loongjax.scheduler.policies.worktable import Worktable, preempt_last
 
 _SMALLEST = 6.0
 """A step may last so many times as long as the smallest one, whatever `chunk_s` says: on slow
 hardware nothing would get on else."""
-_PREEMPTED = "waits: it was preempted, for others ahead of it in line had no room left"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +103,7 @@ class Elastic:
         ahead = frozenset[Group]()
         if not table.preempted and not prompts.anyone_waits:
             ahead = groups_to_go_on(table, decodes, grows=True, cost=self.cost)
-        reasons = prompts.reasons | dict.fromkeys(table.preempted, _PREEMPTED)
+        reasons = prompts.reasons | dict.fromkeys(table.preempted, PREEMPTED)
         return Plan(
             steps=steps,
             preempt=tuple(table.preempted),

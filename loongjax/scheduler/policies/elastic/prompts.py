@@ -22,6 +22,7 @@ from loongjax.plan import (
 )
 from loongjax.scheduler.dispatch import Prompt, memory_allows
 from loongjax.scheduler.policies.chunks import next_chunk
+from loongjax.scheduler.policies.elastic import reasons
 from loongjax.scheduler.policies.elastic.clock import Clock
 from loongjax.scheduler.policies.elastic.fused import FusedStep
 from loongjax.scheduler.policies.elastic.gathering import Gathering
@@ -42,20 +43,6 @@ own."""
 
 
 LaneOf: TypeAlias = Mapping[RequestId, frozenset[InstanceId]]
-
-_MEMORY = "waits: it and those who hold KV may need more memory than there is"
-_BEHIND = "waits: a more urgent prompt waits for memory, which it does not take away"
-_ALL_BUSY = "waits: all instances are at work"
-_BUSY = "waits: its instances are not all idle"
-_DUE = "waits: there is no time before tokens of those who decode there are due"
-_FULL = "waits: more urgent prompts fill the step on its lane, or its memory"
-_GOES_ON = "goes on, where its KV lies"
-_ON_LANE = "begins on "
-_ALONE_BESIDE = "begins on one instance: its lane is taken, and it is not late there"
-_ON_ONE = "begins on one instance, which suffices for its length, with the fewest decodes"
-_JOINS = "begins along with others, where there is time and memory left"
-_NOWHERE = "waits: no idle instance has time and memory left"
-_BY_FORCE = "goes on by any means: nothing else can run"
 
 
 class Prompts:
@@ -86,9 +73,9 @@ class Prompts:
         self._lanes = Lanes(table, cost, clock.pace_s)
         self._gathering = Gathering(table, cost, clock, self._lanes)
         self._open: dict[InstanceId, FusedStep] = {}
-        self._lane_s: dict[frozenset[InstanceId], float] = {}
+        self._done_s: dict[RequestId, float] = {}
         self.steps: list[PrefillStep | MigrateStep] = []
-        self.reasons = {view.id: _ALL_BUSY for view in self._line}
+        self.reasons = {view.id: reasons.ALL_BUSY for view in self._line}
 
     @property
     def anyone_waits(self) -> bool:
@@ -98,33 +85,24 @@ class Prompts:
     def seat(self) -> None:
         """Makes the steps."""
         table = self._table
-        longs = [
-            view
-            for view in self._line
-            if self._takes_long(view) and (view.kv or self._has_memory(view))
-        ]
-        lane_of = self._lanes.choose(longs)
+        lane_of = self._choose_lanes()
         self._move(lane_of)
         for view in table.near:
             if len(view.kv) > 1 and not table.idle.issuperset(view.homes):
                 self._gathering.meet(view.homes)
-        for view in longs:
-            if view.id in lane_of:
-                self._open_lane(lane_of[view.id])
+        for lane in lane_of.values():
+            self._open_lane(lane)
         full = False
         for view in self._line:
-            if (lane := lane_of.get(view.id)) is not None:
-                width = len(lane) / len(table.free)
-                self._lane_s[lane] = self._lane_s.get(lane, 0.0) + self._order.rest_s(view) / width
             if view.kv:
                 reason = self._go_on(view, lane_of)
             elif full:
-                reason = _BEHIND
+                reason = reasons.BEHIND
             elif self._has_memory(view):
                 reason = self._begin(view, lane_of)
             else:
                 full = True  # whoever comes behind does not take what it waits for
-                reason = _MEMORY
+                reason = reasons.MEMORY
             self.reasons[view.id] = reason
         for step in dict.fromkeys(self._open.values()):
             self._finish(step)
@@ -145,8 +123,23 @@ class Prompts:
                 self.steps.append(step)
                 table.claim(found.group)
                 table.placed[view.id] = view
-                self.reasons[view.id] = _BY_FORCE
+                self.reasons[view.id] = reasons.BY_FORCE
                 return
+
+    def _choose_lanes(self) -> LaneOf:
+        """Lanes for those that take long and have memory, and when each would be done there."""
+        longs = [
+            view
+            for view in self._line
+            if self._takes_long(view) and (view.kv or self._has_memory(view))
+        ]
+        lane_of = self._lanes.choose(longs)
+        busy_s: dict[frozenset[InstanceId], float] = {}
+        for view in longs:
+            if (lane := lane_of.get(view.id)) is not None:
+                own_s = self._order.rest_s(view) * len(self._table.free) / len(lane)
+                busy_s[lane] = self._done_s[view.id] = busy_s.get(lane, 0.0) + own_s
+        return lane_of
 
     # ---- who they are ----------------------------------------------------------------
 
@@ -225,9 +218,9 @@ class Prompts:
         if step is None and self._table.idle.issuperset(view.homes):
             step = self._open_step(tuple(sorted(view.homes)))
         if step is None or not step.members >= view.homes:
-            return _BUSY
+            return reasons.BUSY
         homes = lane_of.get(view.id, view.homes) & step.members
-        return _GOES_ON if step.add(view, homes, forced=self._starves(view)) else _DUE
+        return reasons.GOES_ON if step.add(view, homes, forced=self._starves(view)) else reasons.DUE
 
     def _begin(self, view: RequestView, lane_of: LaneOf) -> str:
         """The first chunk of a new prompt; says why there is one or not."""
@@ -235,10 +228,10 @@ class Prompts:
         if lane is None:
             return self._begin_on_one(view)
         if self._begin_on_lane(view, lane):
-            return _ON_LANE + self._lanes.why[view.id]
-        if self._begin_alone(view, lane):
-            return _ALONE_BESIDE
-        return _FULL if self._open.get(min(lane)) else _BUSY
+            return reasons.ON_LANE + self._lanes.why[view.id]
+        if self._begin_alone(view):
+            return reasons.ALONE_BESIDE
+        return reasons.FULL if self._open.get(min(lane)) else reasons.BUSY
 
     def _begin_on_lane(self, view: RequestView, lane: frozenset[InstanceId]) -> bool:
         """Begins a prompt that takes long, if there is time and memory for it."""
@@ -258,7 +251,7 @@ class Prompts:
                 free -= max(0, grown - table.blocks(view.computed))
         return free
 
-    def _begin_alone(self, view: RequestView, lane: frozenset[InstanceId]) -> bool:
+    def _begin_alone(self, view: RequestView) -> bool:
         """Begins a prompt that takes long on one instance beside the lanes, one at a time, if it is
         not done so late there that it would become urgent, or later still on its lane.
         """
@@ -270,7 +263,7 @@ class Prompts:
             return False
         waited, alone_s = self._clock.now - view.arrival, _ALONE * self._one_s(view)
         late = waited + alone_s > _STARVING * self._order.rest_s(view)
-        if late and alone_s > self._lane_s[lane]:
+        if late and alone_s > self._done_s[view.id]:
             return False
         return self._begin_on(view, others, spare=2)
 
@@ -279,11 +272,11 @@ class Prompts:
         idle = self._table.idle
         beside = idle - self._lanes.busy
         if self._begin_on(view, beside) or self._begin_on(view, idle - beside):
-            return _ON_ONE
+            return reasons.ON_ONE
         steps = sorted(
             dict.fromkeys(self._open.values()), key=lambda s: (len(s.group), -s.left_s, s.group)
         )
-        return _JOINS if any(self._join(view, step) for step in steps) else _NOWHERE
+        return reasons.JOINS if any(self._join(view, step) for step in steps) else reasons.NOWHERE
 
     def _begin_on(self, view: RequestView, idle: Iterable[InstanceId], spare: int = 1) -> bool:
         """Begins a prompt on one of these, with the fewest who decode."""
