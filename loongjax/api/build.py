@@ -16,7 +16,6 @@ from loongjax.config import EngineConfig
 from loongjax.costmodel import CorrectedCost, ScalingInformationBase
 from loongjax.costmodel.analytic import analytic_sib
 from loongjax.costmodel.hardware import hardware_of, load_hardware
-from loongjax.costmodel.padding import Padding
 from loongjax.engine import Engine
 from loongjax.errors import ConfigError
 from loongjax.executor.host_time import HostTime
@@ -205,7 +204,9 @@ def _cost(
     """How long steps take here: as measured, or by what is publicly known of the devices."""
     import jax
 
-    shapes, catalogue = executor.programs.shapes, executor.catalogue
+    from loongjax.executor.padding import padding_of
+
+    shapes = executor.programs.shapes
     if config.cost_model is not None:
         from loongjax.profiler.fingerprint import fingerprint
 
@@ -219,11 +220,7 @@ def _cost(
         tensor_parallel=shapes.tp,
         degrees=executor.topology.degrees,
         slots=executor.pool_slots,
-        padding=Padding(
-            chunks=catalogue.chunk_buckets,
-            resumed=catalogue.extend_buckets,
-            rows=catalogue.row_buckets,
-        ),
+        padding=padding_of(executor.catalogue),
     )
     if needs_cost(config.policy):
         _log.info(

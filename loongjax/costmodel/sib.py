@@ -127,8 +127,10 @@ class ScalingInformationBase:
 
     def prefill(self, degree: int, chunks: Sequence[ChunkWork]) -> float:
         """See `CostModel`."""
-        computed = None if self.padding is None else self.padding.tokens(degree, chunks)
-        return self.prefill_fit(degree).seconds(chunks, computed)
+        fit, padding = self.prefill_fit(degree), self.padding
+        if padding is None:
+            return fit.seconds(chunks)
+        return fit.seconds(padding.tiled(degree, chunks), padding.tokens(degree, chunks))
 
     def decode(self, degree: int, work: DecodeWork) -> float:
         """See `CostModel`."""
@@ -243,10 +245,11 @@ class ScalingInformationBase:
         return found
 
 
-def _padding(content: Mapping[str, Sequence[int]] | None) -> Padding | None:
+def _padding(content: Mapping[str, Any] | None) -> Padding | None:
     if content is None:
         return None
-    return Padding(**{name: tuple(sizes) for name, sizes in content.items()})
+    lists = {name: tuple(content[name]) for name in ("chunks", "resumed", "rows")}
+    return Padding(**lists, tile=content["tile"])
 
 
 def _scaled(fit: FitT, names: tuple[str, ...], factor: float) -> FitT:

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from loongjax.costmodel.padding import Padding
+
 _SHORT = 64
 """A context that costs hardly anything."""
 _WALK = 3
@@ -81,14 +83,11 @@ class Sizes:
     """What there is to measure.
 
     Attributes:
-      chunks, rows: Compiled sizes, for each rank, ascending.
-      resumed: Those of `chunks` that take history.
+      padding: Compiled sizes.
       slots: KV tokens of an instance.
     """
 
-    chunks: tuple[int, ...]
-    resumed: tuple[int, ...]
-    rows: tuple[int, ...]
+    padding: Padding
     slots: int
 
 
@@ -107,10 +106,12 @@ class Series:
 
 def walks(degree: int, sizes: Sizes) -> Series:
     """Prefill: whole prompts at every compiled size, packed ones, and chunks over history."""
-    largest = sizes.chunks[-1]
-    whole = [Walk(degree=degree, lengths=(size * degree,)) for size in sizes.chunks]
+    largest = sizes.padding.chunks[-1]
+    whole = [Walk(degree=degree, lengths=(size * degree,)) for size in sizes.padding.chunks]
     packed = Walk(degree=degree, lengths=(largest // 4 * degree,) * 4)
-    resumed = [Walk(degree=degree, lengths=(n * degree,), chunks=_WALK) for n in sizes.resumed]
+    resumed = [
+        Walk(degree=degree, lengths=(n * degree,), chunks=_WALK) for n in sizes.padding.resumed
+    ]
     part = Walk(degree=degree, lengths=(largest // 2 * degree,), chunks=2 * _WALK)
     between = [
         Walk(degree=degree, lengths=(largest // 2 * degree, largest // 4 * degree)),
@@ -120,19 +121,19 @@ def walks(degree: int, sizes: Sizes) -> Series:
     held_out = [
         Walk(degree=degree, lengths=(largest * 3 // 4 * degree,), chunks=_WALK + 1),
         Walk(degree=degree, lengths=(largest // 3 * degree, largest // 5 * degree)),
-        Walk(degree=degree, lengths=(sizes.chunks[0] * 4 // 5 * degree,)),
+        Walk(degree=degree, lengths=(sizes.padding.chunks[0] * 4 // 5 * degree,)),
     ]
     return _series(degree * sizes.slots, [*whole, packed, *resumed, part], between, held_out)
 
 
 def decodes(degree: int, sizes: Sizes) -> Series:
     """Decode: every compiled number of rows, contexts of some lengths, one master and many."""
-    long = sizes.chunks[-1]
-    several = sizes.rows[min(1, len(sizes.rows) - 1)]
+    long = sizes.padding.chunks[-1]
+    several = sizes.padding.rows[min(1, len(sizes.padding.rows) - 1)]
     corners = [
-        _decode(degree, sizes.rows[0] * degree, _SHORT),
+        _decode(degree, sizes.padding.rows[0] * degree, _SHORT),
         _decode(degree, 1, 2 * long * degree),
-        *(_decode(degree, rows * degree, _SHORT) for rows in sizes.rows[1:]),
+        *(_decode(degree, rows * degree, _SHORT) for rows in sizes.padding.rows[1:]),
         _decode(degree, several * degree, long // 4),
         _decode(degree, several, long // 4, masters=1),
     ]

@@ -58,7 +58,12 @@ def samples(point: Point, seconds: Sequence[float], padding: Padding) -> Samples
                 chunks = tuple(ChunkWork(length, i * length) for length in lengths)
                 computed = padding.tokens(degree, chunks)
                 made.append(
-                    PrefillSample(degree=degree, chunks=chunks, seconds=time, computed=computed)
+                    PrefillSample(
+                        degree=degree,
+                        chunks=tuple(padding.tiled(degree, chunks)),
+                        seconds=time,
+                        computed=computed,
+                    )
                 )
             return Samples(prefill=tuple(made))
         case Decode(degree=degree, rows=rows, context=context, masters=masters):

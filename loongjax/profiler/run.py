@@ -77,12 +77,7 @@ def _session(
         allocator=_allocator(executor, config),
         vocab_size=vocab_size,
     )
-    sizes = Sizes(
-        chunks=catalogue.chunk_buckets,
-        resumed=catalogue.extend_buckets,
-        rows=catalogue.row_buckets,
-        slots=executor.pool_slots,
-    )
+    sizes = Sizes(padding=padding_of(catalogue), slots=executor.pool_slots)
     return Session(runner, sizes, log, on_progress)
 
 

@@ -17,7 +17,6 @@ from loongjax.costmodel.fit import (
     fit_migrate,
     fit_prefill,
 )
-from loongjax.costmodel.padding import Padding
 from loongjax.profiler.design import (
     Point,
     Series,
@@ -80,7 +79,7 @@ class Session:
         self._sizes = sizes
         self._log = log
         self._tell = on_progress
-        self._padding = Padding(chunks=sizes.chunks, resumed=sizes.resumed, rows=sizes.rows)
+        self._padding = sizes.padding
         self._done = 0
         degrees = runner.topology.degrees
         self._walks = {degree: walks(degree, sizes) for degree in degrees}

@@ -8,7 +8,7 @@ from loongjax.costmodel.padding import Padding
 from loongjax.costmodel.protocol import ChunkWork, DecodeWork
 from loongjax.errors import ConfigError
 
-SIZES = Padding(chunks=(128, 512), resumed=(512,), rows=(1, 8, 32))
+SIZES = Padding(chunks=(128, 512), resumed=(512,), tile=64, rows=(1, 8, 32))
 
 
 @pytest.mark.parametrize(
@@ -36,4 +36,15 @@ def test_every_rank_computes_as_many_rows_as_the_busiest_master():
 @pytest.mark.parametrize("rows", [(), (8, 1), (0, 8), (8, 8)])
 def test_sizes_ascend(rows):
     with pytest.raises(ConfigError, match="sizes of rows must ascend from at least 1"):
-        Padding(chunks=(128,), resumed=(128,), rows=rows)
+        Padding(chunks=(128,), resumed=(128,), tile=64, rows=rows)
+
+
+def test_chunks_with_history_are_rounded_up_to_tiles():
+    chunks = [ChunkWork(1, 0), ChunkWork(1, 900), ChunkWork(200, 900)]
+    assert SIZES.tiled(1, chunks) == [(1, 0), (64, 900), (256, 900)]
+    assert SIZES.tiled(2, chunks) == [(1, 0), (128, 900), (256, 900)]
+
+
+def test_a_tile_has_a_query():
+    with pytest.raises(ConfigError, match="a tile must have at least 1 query, not 0"):
+        Padding(chunks=(128,), resumed=(128,), tile=0, rows=(1,))

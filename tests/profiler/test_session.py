@@ -21,10 +21,11 @@ from tests.profiler.virtual_devices import VirtualDevices
 
 pytestmark = pytest.mark.usefixtures("without_shape_checks")
 
-SIZES = Sizes(chunks=(128, 512, 1024), resumed=(1024,), rows=(1, 8, 32), slots=16_384)
+PADDING = Padding(chunks=(128, 512, 1024), resumed=(1024,), tile=256, rows=(1, 8, 32))
+SIZES = Sizes(padding=PADDING, slots=16_384)
 TRUTH = replace(
     toy_sib(degrees=(1, 2)),
-    padding=Padding(chunks=SIZES.chunks, resumed=SIZES.resumed, rows=SIZES.rows),
+    padding=PADDING,
     crowding=Crowding(
         prefill_prefill=0.8, prefill_decode=0.3, decode_prefill=1.7, decode_decode=0.4
     ),
