@@ -37,6 +37,9 @@ _CATCHING_UP = 0.5
 what they catch up by, and prompts get on meanwhile."""
 _STARVING = 25.0
 """A prompt that has waited so many times as long as it takes gets on at the cost of decodes."""
+_ALONE_PART = 0.8
+"""Part of the KV that a decode step of one instance reads in time, up to which a prompt may lie
+there alone."""
 _ALONE = 2.0
 """A prompt takes so many times as long on one instance beside decodes, at most, as on one of its
 own."""
@@ -257,7 +260,7 @@ class Prompts:
         """
         table = self._table
         others = table.idle - self._lanes.busy
-        if not self._lanes.in_use or not others or not self._lanes.is_small(view.length):
+        if not self._lanes.in_use or not others or view.length > _ALONE_PART * self._lanes.in_time:
             return False
         if any(len(begun.kv) == 1 and begun.uncomputed > 1 for begun in table.begun):
             return False
