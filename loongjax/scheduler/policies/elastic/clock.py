@@ -25,8 +25,8 @@ _RESERVE_TOKENS = 8
 """Each of the first tokens of an answer is due so much of the time from token to token earlier:
 short answers are not late because of one slow step, and a request has time to move."""
 _SLOWEST = 1.5
-"""Where a step of those who decode takes so long that the time from token to token would be less
-than so many times that, they cannot keep it: it is that then, so that prompts get on."""
+"""On slow hardware the time from token to token is at least so many times that of a step of those
+who decode, and that of the smallest step of a prompt: prompts would not get on else."""
 
 
 class Clock:
@@ -41,7 +41,8 @@ class Clock:
     def __init__(self, table: Worktable, cost: CostModel, now: float, pace_s: float) -> None:
         rows = -(-len(table.snapshot.running) // len(table.free)) or 1
         self.now = now
-        self.pace_s = max(pace_s, _SLOWEST * cost.decode(1, DecodeWork(rows, rows, 1)))
+        decode_s = _SLOWEST * cost.decode(1, DecodeWork(rows, rows, 1))
+        self.pace_s = max(pace_s, decode_s, cost.prefill(1, [ChunkWork(1, 1)]))
         self._table = table
         self._cost = cost
 

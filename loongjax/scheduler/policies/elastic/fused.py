@@ -7,6 +7,7 @@ their own after it; else they wait for that.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
@@ -23,9 +24,11 @@ from loongjax.plan import (
 from loongjax.scheduler.policies.retention import in_order
 from loongjax.scheduler.policies.worktable import Worktable
 
-_WORTH = 4.0
-"""A part of a prompt is worth a step if it takes at least so many times as long as what it costs
-besides: the constant part of a step, and reading its history."""
+_WORTH = 4 / 9
+"""A part of a prompt is worth it if it has so much of what could be done in twice the time: the
+rest goes into the constant part of a step, and into reading history, which come to a fifth then."""
+_LONGER = 1.5
+"""By how much longer parts are tried, one after the other, until one is worth it."""
 _LEFTOVER = 0.05
 """Part of a step's time that is not filled up with less than that."""
 
@@ -36,7 +39,9 @@ class FusedStep:
     Attributes:
       group: Where.
       members: The same as a set.
-      budget: How long it may last [s].
+      budget: How long it may last at most, for others wait for its end [s].
+      chunk_s: How long it may last, unless the least part of a prompt that is worth it takes
+        longer [s].
       meets: Whether somebody waits for its end, so that it lasts no longer in any case.
     """
 
@@ -47,6 +52,7 @@ class FusedStep:
         group: Group,
         riders: Sequence[RequestView],
         budget: float,
+        chunk_s: float,
         *,
         meets: bool = False,
     ) -> None:
@@ -57,6 +63,7 @@ class FusedStep:
         self.group = group
         self.members = frozenset(group)
         self.budget = budget
+        self.chunk_s = chunk_s
         self.meets = meets
         self._table = table
         self._cost = cost
@@ -124,7 +131,7 @@ class FusedStep:
     @property
     def left_s(self) -> float:
         """What is left of its time [s]."""
-        return self.budget - self._seconds()
+        return min(self.budget, self.chunk_s) - self._seconds()
 
     # ---- prompts ---------------------------------------------------------------------
 
@@ -171,14 +178,25 @@ class FusedStep:
         def seconds(tokens: int) -> float:
             return self._seconds(self._work(view, tokens))
 
-        if seconds(most) <= self.budget:
+        limit, before_s = min(self.budget, self.chunk_s), self._seconds()
+        if seconds(most) <= limit:
             return most
-        least_s = seconds(1)
-        fixed = least_s - self._seconds()
-        worth = max(_WORTH * fixed, _LEFTOVER * self.budget)
-        if least_s + worth <= self.budget:
-            return _largest(seconds, self.budget, most)
-        return _largest(seconds, least_s + worth, most) if forced else 0
+
+        def is_worth_it(tokens: int) -> bool:
+            own_s = seconds(tokens) - before_s
+            twice = _largest(seconds, before_s + 2 * own_s, most)
+            return own_s >= _LEFTOVER * limit and tokens >= _WORTH * twice
+
+        part_s = seconds(1)
+        if part_s <= limit and is_worth_it(tokens := _largest(seconds, limit, most)):
+            return tokens
+        longest = math.inf if forced else self.budget
+        while not self._works and part_s <= longest:
+            tokens = _largest(seconds, part_s, most)
+            if tokens == most or is_worth_it(tokens):
+                return tokens
+            part_s *= _LONGER
+        return 0
 
     def _room(self) -> int:
         """Tokens that one more chunk may have, as the executor limits steps."""
@@ -221,7 +239,9 @@ class FusedStep:
 
 def _largest(seconds: Callable[[int], float], limit: float, most: int) -> int:
     """The most tokens, up to `most`, that take no longer than `limit`; to a 32nd, 1 at least."""
-    low, high = 1, most + 1
+    if seconds(most) <= limit:
+        return most
+    low, high = 1, most
     while high - low > max(1, low // 32):
         middle = (low + high) // 2
         if seconds(middle) <= limit:

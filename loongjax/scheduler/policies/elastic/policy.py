@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loongjax.costmodel.protocol import ChunkWork, CostModel
+from loongjax.costmodel.protocol import CostModel
 from loongjax.errors import ConfigError
 from loongjax.plan import DecodeStep, Group, Plan, Reason, Rejection, Snapshot
 from loongjax.scheduler.policies.continuing import groups_to_go_on
@@ -30,10 +30,6 @@ from loongjax.scheduler.policies.elastic.prompts import Prompts
 from loongjax.scheduler.policies.elastic.reasons import PREEMPTED
 from loongjax.scheduler.policies.seating import Seating
 from loongjax.scheduler.policies.worktable import Worktable, preempt_last
-
-_SMALLEST = 6.0
-"""A step may last so many times as long as the smallest one, whatever `chunk_s` says: on slow
-hardware nothing would get on else."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,8 +43,9 @@ class Elastic:
         of them preempted and computed anew.
       decode_s: The time from token to token that everyone is to have in the mean [s]; set it a
         little below the objective. Higher: longer steps, more throughput.
-      chunk_s: How long a step may last at most that computes prompts [s]: whoever comes waits for
-        its end. Higher: constants weigh less, short prompts wait longer.
+      chunk_s: How long a step may last that computes prompts [s], unless the least part that is
+        worth it takes longer: whoever comes waits for its end. Higher: constants weigh less, short
+        prompts wait longer.
       floor_s: Prompts that take less than this alone on all instances [s] are served as they
         came. Higher: more of them.
       reject_late: Turns new requests away whose deadline passes before their prompt can be
@@ -87,9 +84,7 @@ class Elastic:
         reject = self._hopeless(snapshot, order) if self.reject_late else ()
         if reject:
             return Plan(reject=reject)
-        smallest_s = self.cost.prefill(1, [ChunkWork(1, 1)])
-        chunk_s = max(self.chunk_s, _SMALLEST * smallest_s)
-        prompts = Prompts(table, self.cost, clock, order, chunk_s=chunk_s)
+        prompts = Prompts(table, self.cost, clock, order, chunk_s=self.chunk_s)
         if anyone_idle:
             prompts.seat()
             seating.seat_the_rest()

@@ -197,9 +197,9 @@ class Prompts:
             return None
         due = min([due_on.get(i, math.inf) for i in found])
         meeting = min([self._gathering.meetings.get(i, math.inf) for i in found])
-        budget = min(self._chunk_s, max(due, _CATCHING_UP * self._clock.pace_s), meeting)
+        budget = min(max(due, _CATCHING_UP * self._clock.pace_s), meeting)
         meets = meeting < math.inf
-        step = FusedStep(table, self._cost, found, riders, budget, meets=meets)
+        step = FusedStep(table, self._cost, found, riders, budget, self._chunk_s, meets=meets)
         self._open.update(dict.fromkeys(found, step))
         table.claim(found)
         return step
