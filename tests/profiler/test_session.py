@@ -36,7 +36,7 @@ def devices(instances: int = 2, **options: object) -> VirtualDevices:
     return VirtualDevices(
         allocator=BlockAllocator(instances=instances, slots=SIZES.slots, block_size=16),
         truth=TRUTH,
-        limits=ExecutorLimits(max_chunk_tokens=SIZES.chunks[-1], max_rows=SIZES.rows[-1]),
+        limits=ExecutorLimits(max_chunk_tokens=PADDING.chunks[-1], max_rows=PADDING.rows[-1]),
         **options,
     )
 

@@ -14,6 +14,7 @@ from loongjax.plan import DecodeStep, PrefillStep, step_requests
 from loongjax.scheduler import Policy
 from loongjax.scheduler.policies import create_policy, policy_layout, policy_names
 from loongjax.scheduler.policies.disaggregated import Disaggregated
+from loongjax.scheduler.policies.elastic import Elastic
 from loongjax.scheduler.policies.first_come import FirstCome
 from loongjax.scheduler.policies.fixed_groups import FixedGroups
 from loongjax.scheduler.policies.lane import lanes
@@ -216,6 +217,7 @@ def test_policies_are_made_by_name() -> None:
     assert made == {
         "chunked_prefill": FixedGroups(cost=COST, chunk=2048),
         "disaggregated": Disaggregated(cost=COST),
+        "elastic": Elastic(cost=COST),
         "first_come": FirstCome(),
         "loongserve": LoongServe(cost=COST),
         "replicated": FixedGroups(cost=COST, degree="smallest"),
