@@ -55,10 +55,10 @@ def _wait_until_it_serves(process: subprocess.Popen, url: str, log: Path) -> Non
     """It lists a model some time before it has fetched the model's tokenizer."""
     body = json.dumps({"model": "tiny", "prompt": "x", "max_tokens": 1}).encode()
     headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url}/v1/completions", body, headers)
     end = time.monotonic() + PATIENCE_S
     while time.monotonic() < end and process.poll() is None:
         try:
-            request = urllib.request.Request(f"{url}/v1/completions", body, headers)
             with urllib.request.urlopen(request, timeout=5):
                 return
         except (urllib.error.URLError, OSError):
@@ -81,6 +81,10 @@ def directly(running):
         base_url=f"{running.http}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S
     ) as client:
         yield client
+
+
+def test_the_gateway_lists_the_model(through):
+    assert "tiny" in {model.id for model in through.models.list()}
 
 
 def test_a_chat_through_the_gateway(through, directly):
