@@ -24,7 +24,7 @@ from loongjax.plan import (
 from loongjax.scheduler.policies.retention import in_order
 from loongjax.scheduler.policies.worktable import Worktable
 
-_WORTH = 4 / 9
+_WORTH = 9 / 19
 """A part of a prompt is worth it if it has so much of what could be done in twice the time: the
 rest goes into the constant part of a step, and into reading history, which come to a fifth then."""
 _LONGER = 1.5

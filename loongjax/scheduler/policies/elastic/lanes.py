@@ -38,7 +38,7 @@ class Lanes:
     """The lanes of one plan.
 
     Attributes:
-      why: Why new prompts got their lane, or none.
+      why: Why prompts got their lane.
     """
 
     def __init__(self, table: Worktable, cost: CostModel, pace_s: float) -> None:
@@ -97,9 +97,9 @@ class Lanes:
     # ---- lanes -----------------------------------------------------------------------
 
     @cached_property
-    def in_use(self) -> list[frozenset[InstanceId]]:
-        """Instances of prompts that are begun on several, and of those who decode on several since
-        they hold much; those that share any are one lane.
+    def _spread(self) -> list[frozenset[InstanceId]]:
+        """Where prompts that are begun on several instances lie, and those who decode on several
+        since they hold much.
         """
         begun = [view.homes for view in self._table.begun if view.uncomputed > 1]
         decoding = [
@@ -107,7 +107,33 @@ class Lanes:
             for view in self._table.snapshot.running
             if len(view.kv) > 1 and not self.is_small(view.computed)
         ]
-        return parts([homes for homes in begun if len(homes) > 1] + decoding)
+        return [homes for homes in begun if len(homes) > 1] + decoding
+
+    @cached_property
+    def _ranked(self) -> list[InstanceId]:
+        """All instances, those best for prompts that take long first: where others lie, and with
+        the fewest decodes.
+        """
+        table = self._table
+
+        def rank(instance: InstanceId) -> tuple[int, int, int, int]:
+            lying = sum([instance in homes for homes in self._spread])
+            return (-lying, table.tenants(instance).rows, -table.free[instance], instance)
+
+        return sorted(table.everything, key=rank)
+
+    @cached_property
+    def _most(self) -> int:
+        """How many instances lanes may have in all."""
+        return len(self._table.free) - self.decoding
+
+    @cached_property
+    def in_use(self) -> list[frozenset[InstanceId]]:
+        """Instances of prompts on several; those that share any are one lane. What is left to
+        decodes is no part of it, though a prompt that needs more lies there too.
+        """
+        left = frozenset(self._ranked[self._most :])
+        return [lane - left for lane in parts(self._spread) if lane - left]
 
     @cached_property
     def busy(self) -> frozenset[InstanceId]:
@@ -120,76 +146,84 @@ class Lanes:
         found: list[tuple[RequestView, _Lane]] = []
         for view in longs:
             if view.kv:
-                lane = next((lane for lane in lanes if view.homes <= lane.members), None)
+                lane = next((lane for lane in lanes if lane.members & view.homes), None)
             else:
                 lane = self._lane_for(view, lanes)
             if lane is not None:
                 lane.waiting += 1
                 found.append((view, lane))
-        return {view.id: lane.members for view, lane in found}
+        chosen: dict[RequestId, frozenset[InstanceId]] = {}
+        for view, lane in found:
+            if (members := self._widened(view, lane.members)) is not None:
+                chosen[view.id] = members
+                self.why[view.id] = (
+                    f"a lane, {len(members)} wide: it can use {self._usable(view)}, needs "
+                    f"{self.least(view)}; {self.decoding} left to decodes"
+                )
+        return chosen
 
-    def _size(self, view: RequestView) -> int:
-        """How many instances a prompt should get."""
-        most = len(self._table.free) - self.decoding
-        return max(self.least(view), min(self._usable(view), most))
+    def _widened(
+        self, view: RequestView, members: frozenset[InstanceId]
+    ) -> frozenset[InstanceId] | None:
+        """A lane, and more if a prompt needs that or lies there: for itself alone."""
+        if view.kv:
+            return members | view.homes
+        needed = self._table.blocks(self._table.granted(view))
+        wider: frozenset[InstanceId] | None = members
+        for size in range(self.least(view), len(self._table.free) + 1):
+            if size > len(members):
+                wider = self._cover(members, self._ranked, size)
+            if wider is not None and self.room_on(wider) >= needed:
+                return wider
+        return None
+
+    def room_on(self, lane: frozenset[InstanceId]) -> int:
+        """Blocks of a lane that nobody with KV there may still need."""
+        table = self._table
+        free = sum([table.free[i] for i in lane])
+        for view in (*table.census, *table.placed.values()):
+            if not view.homes.isdisjoint(lane):
+                grown = table.blocks(table.granted(view))
+                free -= max(0, grown - table.blocks(view.computed))
+        return free
 
     def _lane_for(self, view: RequestView, lanes: list[_Lane]) -> _Lane | None:
-        """The lane of a new prompt: a new one, or one that grows for it if it must."""
-        least, size = self.least(view), self._size(view)
+        """The lane of a new prompt: a new one, or one that grows for it."""
+        least, usable = self.least(view), self._usable(view)
+        size = max(1, min(max(least, usable), self._most))
         spare = self._spare(lanes)
-        lane = self._new_lane(lanes, spare, least, size)
-        if lane is not None:
-            text = "a lane of its own, {} wide: it can use {}, needs {}; {} left to decodes"
-        else:
-            lane = self._shared_lane(lanes, spare, least, size)
-            text = "shares a lane, {} wide: it can use {}, needs {}; {} left to decodes"
-        width = 0 if lane is None else len(lane.members)
-        counts = (width, self._usable(view), least, self.decoding)
-        self.why[view.id] = text.format(*counts) if lane else "no group is as wide as it needs"
-        return lane
+        return self._new_lane(lanes, spare, size) or self._shared_lane(lanes, spare, size)
 
     def _new_lane(
-        self, lanes: list[_Lane], spare: list[InstanceId], least: int, size: int
+        self, lanes: list[_Lane], spare: list[InstanceId], size: int
     ) -> _Lane | None:
         """On instances that are spare, or on any if there is no lane yet."""
         members = None
-        if spare and len(spare) >= (size if lanes else least):
+        if spare and (not lanes or len(spare) >= size):
             members = self._cover(frozenset(), spare, min(size, len(spare)))
         if members is None and not lanes:
-            members = self._cover(frozenset(), list(self._table.everything), size)
+            members = self._cover(frozenset(), self._ranked, size)
         if members is None:
             return None
         lanes.append(_Lane(members=members))
         return lanes[-1]
 
     def _shared_lane(
-        self, lanes: list[_Lane], spare: list[InstanceId], least: int, size: int
+        self, lanes: list[_Lane], spare: list[InstanceId], size: int
     ) -> _Lane | None:
-        """The one for which the fewest wait, made wider if that is possible or needed."""
+        """The one for which the fewest wait, made wider if that is possible."""
         if not lanes:
             return None
         lane = min(lanes, key=lambda lane: lane.waiting / len(lane.members))
         wanted = min(size, len(lane.members) + len(spare))
-        grown = lane.members
-        if wanted > len(grown):
-            grown = self._cover(lane.members, spare, wanted) or grown
-        if len(grown) < least:
-            wider = self._cover(lane.members, list(self._table.everything), least)
-            if wider is None:
-                return None
-            grown = wider
-        lane.members = grown
+        if wanted > len(lane.members):
+            lane.members = self._cover(lane.members, spare, wanted) or lane.members
         return lane
-
-    def _rank(self, instance: InstanceId) -> tuple[int, int, int]:
-        """Which instances are better for prompts that take long: those with the fewest decodes."""
-        table = self._table
-        return (table.tenants(instance).rows, -table.free[instance], instance)
 
     def _spare(self, lanes: Iterable[_Lane]) -> list[InstanceId]:
         """Instances that a new lane may take, the best first."""
         taken = frozenset[InstanceId]().union(*(lane.members for lane in lanes))
-        others = sorted(self._table.everything - taken, key=self._rank)
+        others = [instance for instance in self._ranked if instance not in taken]
         return others[: max(0, len(others) - self.decoding)]
 
     def _cover(

@@ -21,7 +21,6 @@ from loongjax.plan import (
     RequestView,
 )
 from loongjax.scheduler.dispatch import Prompt, memory_allows
-from loongjax.scheduler.policies.chunks import next_chunk
 from loongjax.scheduler.policies.elastic import reasons
 from loongjax.scheduler.policies.elastic.clock import Clock
 from loongjax.scheduler.policies.elastic.fused import FusedStep
@@ -118,16 +117,16 @@ class Prompts:
         table = self._table
         degrees = table.snapshot.topology.degrees
         for view in sorted(self._line, key=line_key):
-            found = next_chunk(table, view, table.everything, degrees, self._cost)
-            if found is not None:
-                seq = table.snapshot.next_seq + len(self.steps)
-                chunks, keep = (found.chunk,), (found.placement,)
-                step = PrefillStep(seq=seq, group=found.group, chunks=chunks, keep=keep)
-                self.steps.append(step)
-                table.claim(found.group)
-                table.placed[view.id] = view
-                self.reasons[view.id] = reasons.BY_FORCE
-                return
+            for degree in reversed(degrees):
+                group = table.cover(view.homes, table.everything, degree)
+                if group is None or not table.can_hold_peak(frozenset(group), view):
+                    continue
+                step = FusedStep(table, self._cost, group, (), math.inf, self._chunk_s)
+                if step.add(view, group):
+                    table.claim(group)
+                    self._finish(step)
+                    self.reasons[view.id] = reasons.BY_FORCE
+                    return
 
     def _choose_lanes(self) -> LaneOf:
         """Lanes for those that take long and have memory, and when each would be done there."""
@@ -240,19 +239,9 @@ class Prompts:
         """Begins a prompt that takes long, if there is time and memory for it."""
         step = self._open.get(min(lane))
         needed = self._table.blocks(self._table.granted(view))
-        if step is None or not step.members >= lane or self._room_on(lane) < needed:
+        if step is None or not step.members >= lane or self._lanes.room_on(lane) < needed:
             return False
         return step.add(view, lane, forced=self._starves(view)) > 0
-
-    def _room_on(self, lane: frozenset[InstanceId]) -> int:
-        """Blocks of a lane that nobody with KV there may still need."""
-        table = self._table
-        free = sum([table.free[i] for i in lane])
-        for view in (*table.census, *table.placed.values()):
-            if not view.homes.isdisjoint(lane):
-                grown = table.blocks(table.granted(view))
-                free -= max(0, grown - table.blocks(view.computed))
-        return free
 
     def _begin_alone(self, view: RequestView) -> bool:
         """Begins a prompt that takes long on one instance beside the lanes, one at a time, if it is
