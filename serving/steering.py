@@ -25,7 +25,7 @@ class Steering:
         """Plans by another policy from now on; gives the one before.
 
         Raises:
-          ConfigError: There is no such policy, or it needs a cost model that is missing.
+          ConfigError: There is no such policy or setting.
           EngineClosedError: The engine was closed, or died.
         """
         self.engine.set_policy(make_policy(text, self._cost))

@@ -12,6 +12,7 @@ from loongjax.costmodel import HostTime
 from loongjax.engine import Engine
 from loongjax.executor.create import create_executor
 from loongjax.executor.jax_executor import JaxExecutor
+from loongjax.executor.padding import padding_of
 from loongjax.executor.warm_up import warm_up
 from loongjax.kvcache import BlockAllocator
 from loongjax.models.resolve import resolve

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +14,7 @@ from loongjax.engine import GenerationRequest
 from loongjax.errors import ConfigError
 from loongjax.executor.host_time import HostTime
 from loongjax.models.resolve import ResolvedModel, resolve
+from loongjax.programs.catalogue import Catalogue
 from loongjax.text import load_tokenizer
 from tests.engine.fake_executor import VOCAB, FakeExecutor, answer
 from tests.engine.rig import collect
@@ -21,13 +23,20 @@ MODEL = "random:tiny"
 
 
 class FakeDevices(FakeExecutor):
-    """A fake executor that knows its pool and its topology."""
+    """A fake executor that knows its pool, its topology and its programs' sizes."""
 
     def __init__(self, config: EngineConfig) -> None:
         super().__init__()
         self.pool_slots = config.pool.slots or 5000
         self.topology = EverySubset(config.cluster.instances)
         self.host_time = HostTime()
+        self.programs = SimpleNamespace(shapes=SimpleNamespace(tp=config.cluster.tensor_parallel))
+        self.catalogue = Catalogue(
+            self.topology,
+            max_chunk_tokens=self.limits.max_chunk_tokens,
+            max_rows=self.limits.max_rows,
+            placed=False,
+        )
 
 
 @pytest.fixture
@@ -35,7 +44,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[FakeDevices]:
     """Executors that `build_engine` makes, fake ones."""
     executors: list[FakeDevices] = []
 
-    def create(_: str, resolved: ResolvedModel, config: EngineConfig) -> FakeDevices:
+    def create(resolved: ResolvedModel, config: EngineConfig) -> FakeDevices:
         executors.append(FakeDevices(config))
         return executors[-1]
 

@@ -133,7 +133,7 @@ def test_text_for_people(capsys):
         (["--prompt", "a" * 100, "--pool-slots", "64", "--max-tokens", "9"], "64"),
         (["--prompt", "abc", "--max-chunk-tokens", "0"], "max-chunk-tokens must be at least 1"),
         (["--prompt", "abc", "--policy", "magic"], "no policy is called 'magic'"),
-        (["--prompt", "abc", "--policy", "loongserve"], "give a cost_model file"),
+        (["--prompt", "abc", "--policy", "elastic:chunk_s=0"], "chunk_s must be positive, got 0"),
         (["--prompt", "abc", "--cost-model", "/no/sib.json"], "cannot read the cost model /no/sib"),
         (["--prompt-file", "/no/such/file"], "/no/such/file"),
         (["--prompt", "abc", "--chat"], "chat template"),

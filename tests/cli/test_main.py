@@ -37,7 +37,8 @@ def test_a_mistake_is_told_in_one_line(arguments, told, capsys):
     ("planning", "told"),
     [
         (("--policy", "magic"), "no policy is called 'magic'"),
-        (("--policy", "loongserve"), "give a cost_model file"),
+        (("--policy", "loongserve:patience=long"), "patience must be a number"),
+        (("--policy", "elastic:chunk_s=0"), "chunk_s must be positive"),
         (("--cost-model", "absent.json"), "absent.json"),
     ],
 )

@@ -64,7 +64,6 @@ NOT_RUN = {
     "loongjax bench engine": "26 minutes; parsed",
     "loongjax bench serve": "a minute; tests/serving/test_bench.py runs a shorter one; parsed",
     "loongjax bench chaos": "a minute; tests/serving/test_bench.py runs a shorter one; parsed",
-    "loongjax bench policies": "minutes; tests/bench/test_policies.py runs a shorter one; parsed",
     '{"instances", "policies"': "what `bench policies` prints; its test looks at it",
     "r37 came at": "what `simulate --explain` prints; tests/cli/test_simulate.py looks at it",
     "loongjax bench offline": "minutes, and tests/bench/test_offline.py runs a shorter one; parsed",

@@ -132,7 +132,8 @@ def test_a_fit_that_foretells_what_comes_needs_fewer_points(tmp_path) -> None:
 @pytest.mark.parametrize("slots", [4_096, 100_000])
 @pytest.mark.parametrize("degree", [1, 4])
 def test_points_fit_the_pool_and_are_different(slots: int, degree: int) -> None:
-    sizes = replace(SIZES, chunks=(128,), slots=slots)
+    small = replace(PADDING, chunks=(128,), resumed=(128,))
+    sizes = Sizes(padding=small, slots=slots)
     for series in (walks(degree, sizes), decodes(degree, sizes), migrations(sizes)):
         names = [point.name for point in series.all()]
         assert len(names) == len(set(names))
