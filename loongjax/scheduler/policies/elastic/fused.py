@@ -24,9 +24,9 @@ from loongjax.plan import (
 from loongjax.scheduler.policies.retention import in_order
 from loongjax.scheduler.policies.worktable import Worktable
 
-_WORTH = 9 / 19
-"""A part of a prompt is worth it if it has so much of what could be done in twice the time: the
-rest goes into the constant part of a step, and into reading history, which come to a fifth then."""
+_WORTH = 18 / 19
+"""A part of a prompt is worth it if it gets on so many times as fast as one that takes twice the
+time: the constant part of a step, and reading history, come to a tenth of it then."""
 _LONGER = 1.5
 """By how much longer parts are tried, one after the other, until one is worth it."""
 _LEFTOVER = 0.05
@@ -70,9 +70,10 @@ class FusedStep:
         self._riders = [
             (view, home) for view in riders if (home := self._home(view, table)) is not None
         ]
-        self._carried = [self._work(view, 1) for view, _ in self._riders]
+        self._carried = self._as_chunks()
         self._chunks: list[tuple[RequestView, int, tuple[Share, ...]]] = []
         self._works: list[ChunkWork] = []
+        self._refused = math.inf
         self.decode_s = self._decode_s()
 
     # ---- who decodes -----------------------------------------------------------------
@@ -97,9 +98,19 @@ class FusedStep:
         for view, _ in self._riders:
             for instance, tokens in view.kv:
                 held[instance] += tokens
-        longest = max(work.history for work in self._carried)
+        longest = max(view.computed for view, _ in self._riders)
         kv = max(held.values()) * degree
         return self._cost.decode(degree, DecodeWork(rows, kv, min(degree, rows), longest))
+
+    def _as_chunks(self) -> list[ChunkWork]:
+        """Riders as chunks that take as long in a step of prompts: few, for there may be hundreds
+        of them, and steps are measured again and again while they are made.
+        """
+        if not self._riders:
+            return []
+        history = sum([self._work(view, 1).history for view, _ in self._riders])
+        first, others = ChunkWork(1, history), ChunkWork(len(self._riders) - 1, 0)
+        return [first, others] if others.tokens else [first]
 
     # ---- time ------------------------------------------------------------------------
 
@@ -161,6 +172,7 @@ class FusedStep:
         shares = in_order(view, taken, free, tokens, size)
         self._chunks.append((view, tokens, shares))
         self._works.append(self._work(view, tokens))
+        self._refused = math.inf
         kv = dict(view.kv)
         for instance, kept in shares:
             kv[instance] = kv.get(instance, 0) + kept
@@ -172,7 +184,8 @@ class FusedStep:
     def _fit(self, view: RequestView, forced: bool) -> int:
         """How many of a prompt's tokens there is time for, if any are worth it."""
         most = min(max(1, view.uncomputed), self._room())
-        if most < 1:
+        refused = not forced and not view.kv and most >= self._refused
+        if most < 1 or refused:
             return 0
 
         def seconds(tokens: int) -> float:
@@ -184,8 +197,10 @@ class FusedStep:
 
         def is_worth_it(tokens: int) -> bool:
             own_s = seconds(tokens) - before_s
+            if own_s < _LEFTOVER * limit:
+                return False
             twice = _largest(seconds, before_s + 2 * own_s, most)
-            return own_s >= _LEFTOVER * limit and tokens >= _WORTH * twice
+            return tokens / own_s >= _WORTH * twice / (seconds(twice) - before_s)
 
         part_s = seconds(1)
         if part_s <= limit and is_worth_it(tokens := _largest(seconds, limit, most)):
@@ -196,15 +211,17 @@ class FusedStep:
             if tokens == most or is_worth_it(tokens):
                 return tokens
             part_s *= _LONGER
+        if not view.kv:
+            self._refused = min(self._refused, most)
         return 0
 
     def _room(self) -> int:
         """Tokens that one more chunk may have, as the executor limits steps."""
         degree, snapshot = len(self.group), self._table.snapshot
-        works = [*self._carried, *self._works]
-        if len(works) >= snapshot.max_rows * degree:
+        riders = len(self._riders)
+        if riders + len(self._works) >= snapshot.max_rows * degree:
             return 0
-        padded = sum([-(-work.tokens // degree) for work in works])
+        padded = riders + sum([-(-work.tokens // degree) for work in self._works])
         return (snapshot.max_chunk_tokens - padded) * degree
 
     # ---- the step --------------------------------------------------------------------
@@ -238,11 +255,13 @@ class FusedStep:
 
 
 def _largest(seconds: Callable[[int], float], limit: float, most: int) -> int:
-    """The most tokens, up to `most`, that take no longer than `limit`; to a 32nd, 1 at least."""
+    """The most tokens, up to `most`, that take no longer than `limit`; 1 at least. Exactly, for
+    times rise in steps where programs have sizes.
+    """
     if seconds(most) <= limit:
         return most
     low, high = 1, most
-    while high - low > max(1, low // 32):
+    while high - low > 1:
         middle = (low + high) // 2
         if seconds(middle) <= limit:
             low = middle
