@@ -43,6 +43,7 @@ class Lanes:
 
     def __init__(self, table: Worktable, cost: CostModel, pace_s: float) -> None:
         self.why: dict[RequestId, str] = {}
+        self._rooms: dict[tuple[frozenset[InstanceId], int], int] = {}
         self._table = table
         self._cost = cost
         self._pace_s = pace_s
@@ -71,28 +72,31 @@ class Lanes:
     def _usable(self, view: RequestView) -> int:
         """How many it can use."""
         work = self._cost.prefill(1, [ChunkWork(view.length, 0)])
-        usable = 1
-        for degree in self._table.snapshot.topology.degrees:
-            constant = self._cost.prefill(degree, [ChunkWork(1, 0)])
-            if constant * degree <= _CONSTANT_PART * work:
-                usable = degree
-        return usable
+        fitting = [d for d, constant in self._constants if constant <= _CONSTANT_PART * work]
+        return fitting[-1] if fitting else 1
+
+    @cached_property
+    def _constants(self) -> list[tuple[int, float]]:
+        """The constant part of a step on all its instances [s], by degree."""
+        degrees = self._table.snapshot.topology.degrees
+        return [(d, d * self._cost.prefill(d, [ChunkWork(1, 0)])) for d in degrees]
 
     @cached_property
     def decoding(self) -> int:
         """Instances that are left to decodes and short prompts: one at least, and as many as all
-        who decode and hold little need together.
+        who decode and hold little need together, up to half of them.
         """
         everything = len(self._table.free)
+        most = max(everything // 2, min(1, everything - 1))
         small = [v.computed for v in self._table.snapshot.running if self.is_small(v.computed)]
         if not small:
             return min(1, everything - 1)
         rows, tokens, longest = len(small), sum(small), max(small)
-        for instances in range(1, everything):
+        for instances in range(1, most):
             work = DecodeWork(-(-rows // instances), tokens // instances, 1, longest)
             if self._cost.decode(1, work) <= _DECODING_PART * self._pace_s:
                 return instances
-        return everything - 1
+        return most
 
     # ---- lanes -----------------------------------------------------------------------
 
@@ -180,12 +184,15 @@ class Lanes:
     def room_on(self, lane: frozenset[InstanceId]) -> int:
         """Blocks of a lane that nobody with KV there may still need."""
         table = self._table
-        free = sum([table.free[i] for i in lane])
-        for view in (*table.census, *table.placed.values()):
-            if not view.homes.isdisjoint(lane):
-                grown = table.blocks(table.granted(view))
-                free -= max(0, grown - table.blocks(view.computed))
-        return free
+        key = (lane, len(table.placed))  # nobody else takes memory or gives it back
+        if (room := self._rooms.get(key)) is None:
+            room = sum([table.free[i] for i in lane])
+            for view in (*table.census, *table.placed.values()):
+                if not view.homes.isdisjoint(lane):
+                    grown = table.blocks(table.granted(view))
+                    room -= max(0, grown - table.blocks(view.computed))
+            self._rooms[key] = room
+        return room
 
     def _lane_for(self, view: RequestView, lanes: list[_Lane]) -> _Lane | None:
         """The lane of a new prompt: a new one, or one that grows for it."""

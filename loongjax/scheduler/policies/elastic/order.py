@@ -58,16 +58,16 @@ class Order:
         return self._cost.prefill(self._degree, [work])
 
     def stretch(self, view: RequestView) -> float:
-        """How many times as long as what is left of it takes it has waited."""
-        return (self._now - view.arrival) / self._at_least_s(view)
+        """How many times as long as all of it takes alone it has waited."""
+        return (self._now - view.arrival) / self._at_least_s(self.alone_s(view.length))
 
     def urgency(self, view: RequestView) -> float:
         """See the module."""
         waited = self._now - view.arrival + _HEAD_START_S
-        return waited / self._at_least_s(view) ** _EVENNESS
+        return waited / self._at_least_s(self.rest_s(view)) ** _EVENNESS
 
-    def _at_least_s(self, view: RequestView) -> float:
-        return max(self.rest_s(view), self._floor_s, _LEAST_S)
+    def _at_least_s(self, seconds: float) -> float:
+        return max(seconds, self._floor_s, _LEAST_S)
 
     def slack_s(self, view: RequestView) -> float:
         """How long a request may wait and have its prompt computed by its deadline, if it is then

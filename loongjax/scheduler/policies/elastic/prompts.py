@@ -31,6 +31,8 @@ from loongjax.scheduler.policies.worktable import Worktable, line_key
 
 _MOST_PROMPTS = 64
 """How many are looked at in one plan."""
+_MOST_LONG = 16
+"""How many of those that are new may get a lane in one plan."""
 _CATCHING_UP = 0.5
 """Part of the time from token to token that a step may take though somebody is late: the rest is
 what they catch up by, and prompts get on meanwhile."""
@@ -76,6 +78,7 @@ class Prompts:
         self._gathering = Gathering(table, cost, clock, self._lanes)
         self._open: dict[InstanceId, FusedStep] = {}
         self._done_s: dict[RequestId, float] = {}
+        self._far: set[RequestId] = set()
         self.steps: list[PrefillStep | MigrateStep] = []
         self.reasons = {view.id: reasons.ALL_BUSY for view in self._line}
 
@@ -100,6 +103,8 @@ class Prompts:
                 reason = self._go_on(view, lane_of)
             elif full:
                 reason = reasons.BEHIND
+            elif view.id in self._far:
+                reason = reasons.FULL
             elif self._has_memory(view):
                 reason = self._begin(view, lane_of)
             else:
@@ -130,11 +135,16 @@ class Prompts:
 
     def _choose_lanes(self) -> LaneOf:
         """Lanes for those that take long and have memory, and when each would be done there."""
-        longs = [
-            view
-            for view in self._line
-            if self._takes_long(view) and (view.kv or self._has_memory(view))
-        ]
+        longs: list[RequestView] = []
+        new = 0
+        for view in self._line:
+            if not self._takes_long(view):
+                continue
+            if not view.kv and new == _MOST_LONG:
+                self._far.add(view.id)
+            elif view.kv or self._has_memory(view):
+                longs.append(view)
+                new += not view.kv
         lane_of = self._lanes.choose(longs)
         busy_s: dict[frozenset[InstanceId], float] = {}
         for view in longs:
