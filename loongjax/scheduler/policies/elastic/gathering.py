@@ -104,8 +104,8 @@ class Gathering:
             moved = sum([table.held_blocks(view, home) for home in view.homes if home != instance])
             if table.spare(instance) < moved + grows:
                 continue
-            rows = table.tenants(instance).rows + 1
-            held = (table.capacity[instance] - table.free[instance] + moved) * size
+            there = table.tenants(instance)
+            rows, held = there.rows + 1, (there.blocks + moved) * size
             step_s = self._cost.decode(1, DecodeWork(rows, held, 1))
             if step_s <= _SPARE_PART * self._clock.pace_s:
                 found.append((instance in table.idle, rows, -instance))
