@@ -102,16 +102,10 @@ class Lanes:
 
     @cached_property
     def _spread(self) -> list[frozenset[InstanceId]]:
-        """Where prompts that are begun on several instances lie, and those who decode on several
-        since they hold much.
-        """
-        begun = [view.homes for view in self._table.begun if view.uncomputed > 1]
-        decoding = [
-            view.homes
-            for view in self._table.snapshot.running
-            if len(view.kv) > 1 and not self.is_small(view.computed)
-        ]
-        return [homes for homes in begun if len(homes) > 1] + decoding
+        """Where those lie who have KV on several instances, begun or decoding."""
+        begun = [view for view in self._table.begun if view.uncomputed > 1]
+        views = (*begun, *self._table.snapshot.running)
+        return [view.homes for view in views if len(view.kv) > 1]
 
     @cached_property
     def _ranked(self) -> list[InstanceId]:
@@ -133,8 +127,8 @@ class Lanes:
 
     @cached_property
     def in_use(self) -> list[frozenset[InstanceId]]:
-        """Instances of prompts on several; those that share any are one lane. What is left to
-        decodes is no part of it, though a prompt that needs more lies there too.
+        """Instances of requests that lie on several; those that share any are one lane. What is
+        left to decodes is no part of it, though a request that needs more lies there too.
         """
         left = frozenset(self._ranked[self._most :])
         return [lane - left for lane in parts(self._spread) if lane - left]
