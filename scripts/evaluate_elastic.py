@@ -94,7 +94,7 @@ CONSTANTS: tuple[tuple[Any, str], ...] = (
     (clock, "_RESERVE"),
     (clock, "_RESERVE_TOKENS"),
     (clock, "_LOST"),
-    (fused, "_WORTH"),
+    (fused, "_OVERHEAD"),
     (fused, "_LEFTOVER"),
     (lanes, "_CONSTANT_PART"),
     (lanes, "_DECODING_PART"),

@@ -74,6 +74,7 @@ NOT_RUN = {
     "python scripts/compile_kernels.py": "compilers of 600 MB; parsed",
     "python scripts/tune_kernels.py": "compilers of 600 MB; parsed",
     "python scripts/reproduce_paper.py": "minutes; parsed",
+    "python scripts/evaluate_elastic.py": "minutes; parsed",
     "python scripts/check_fidelity.py": "minutes, and wants a cost model; parsed",
     "python scripts/generate_offline.py": "wants a server; parsed",
     "pytest": "the tests themselves; its path is looked up",

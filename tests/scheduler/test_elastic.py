@@ -228,9 +228,7 @@ def test_every_prompt_that_is_looked_at_is_told_why() -> None:
 
 def test_a_lane_says_how_wide_it_is_and_why() -> None:
     (reason,) = plan(waiting("a", 150_000)).reasons
-    assert reason.text == (
-        "begins on a lane of its own, 3 wide: it can use 4, needs 2; 1 left to decodes"
-    )
+    assert reason.text == ("begins on a lane, 3 wide: it can use 4, needs 2; 1 left to decodes")
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 1000, 1024, 99_999])
@@ -261,6 +259,35 @@ def test_two_long_prompts_share_a_lane() -> None:
 def test_what_needs_all_instances_gets_them() -> None:
     (step,) = prefills(plan(waiting("a", 3 * SLOTS + 1000)))
     assert step.group == (0, 1, 2, 3)
+
+
+def test_what_lies_on_all_instances_gets_on_there_when_its_turn_comes() -> None:
+    wide = begun("wide", 500_000, *((i, 40_000) for i in range(4)), arrival=NOW - 60)
+    (step,) = prefills(plan(wide, waiting("new", 150_000)))
+    assert step.group == (0, 1, 2, 3)
+
+
+def test_a_lane_stays_narrow_though_a_prompt_lies_on_all_instances() -> None:
+    wide = begun("wide", 400_000, *((i, 40_000) for i in range(4)), arrival=NOW - 1)
+    found = plan(wide, waiting("old", 150_000, arrival=NOW - 90), decoding("d", (3, 1000)))
+    groups = {step.group: [chunk.request for chunk in step.chunks] for step in prefills(found)}
+    assert groups == {(0, 1, 2): ["old"]}
+    assert [step.group for step in found.steps if isinstance(step, DecodeStep)] == [(3,)]
+
+
+def test_a_lane_is_as_wide_as_memory_asks() -> None:
+    full = [decoding(f"d{i}", (i, 140_000), due_in=2.0) for i in range(3)]
+    (step,) = prefills(plan(waiting("a", 330_000), *full))
+    assert step.group == (0, 1, 2, 3)
+
+
+def test_who_is_nearly_done_does_not_starve_others() -> None:
+    """How long it has waited is held against all of its work, not what is left of it."""
+    nearly = begun("nearly", 500_000, *((i, 124_000) for i in range(4)), arrival=NOW - 60)
+    rider = decoding("d", (3, 1000), due_in=0.002)
+    assert not prefills(plan(nearly, rider))
+    starving = replace(nearly, arrival=NOW - 5_000)
+    assert prefills(plan(starving, rider))
 
 
 def test_a_lane_waits_until_all_of_it_is_idle() -> None:

@@ -24,9 +24,9 @@ from loongjax.plan import (
 from loongjax.scheduler.policies.retention import in_order
 from loongjax.scheduler.policies.worktable import Worktable
 
-_WORTH = 8 / 9
-"""A part of a prompt is worth it if it gets on so many times as fast as one that takes twice the
-time: the constant part of a step, and reading history, come to a fifth of it then."""
+_OVERHEAD = 0.2
+"""A part of a prompt is worth it if so much of its time goes at most into what does not grow with
+it: the constant part of a step, and reading history. What takes twice the time tells."""
 _LONGER = 1.5
 """By how much longer parts are tried, one after the other, until one is worth it."""
 _LEFTOVER = 0.05
@@ -200,7 +200,8 @@ class FusedStep:
             if own_s < _LEFTOVER * limit:
                 return False
             twice = _largest(seconds, before_s + 2 * own_s, most)
-            return tokens / own_s >= _WORTH * twice / (seconds(twice) - before_s)
+            as_fast = (2 - 2 * _OVERHEAD) / (2 - _OVERHEAD)
+            return tokens / own_s >= as_fast * twice / (seconds(twice) - before_s)
 
         part_s = seconds(1)
         if part_s <= limit and is_worth_it(tokens := _largest(seconds, limit, most)):

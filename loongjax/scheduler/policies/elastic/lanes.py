@@ -195,9 +195,7 @@ class Lanes:
         spare = self._spare(lanes)
         return self._new_lane(lanes, spare, size) or self._shared_lane(lanes, spare, size)
 
-    def _new_lane(
-        self, lanes: list[_Lane], spare: list[InstanceId], size: int
-    ) -> _Lane | None:
+    def _new_lane(self, lanes: list[_Lane], spare: list[InstanceId], size: int) -> _Lane | None:
         """On instances that are spare, or on any if there is no lane yet."""
         members = None
         if spare and (not lanes or len(spare) >= size):
@@ -209,9 +207,7 @@ class Lanes:
         lanes.append(_Lane(members=members))
         return lanes[-1]
 
-    def _shared_lane(
-        self, lanes: list[_Lane], spare: list[InstanceId], size: int
-    ) -> _Lane | None:
+    def _shared_lane(self, lanes: list[_Lane], spare: list[InstanceId], size: int) -> _Lane | None:
         """The one for which the fewest wait, made wider if that is possible."""
         if not lanes:
             return None
