@@ -65,7 +65,7 @@ NOT_RUN = {
     "loongjax bench serve": "a minute; tests/serving/test_bench.py runs a shorter one; parsed",
     "loongjax bench chaos": "a minute; tests/serving/test_bench.py runs a shorter one; parsed",
     '{"instances", "policies"': "what `bench policies` prints; its test looks at it",
-    "r37 came at": "what `simulate --explain` prints; tests/cli/test_simulate.py looks at it",
+    "r22 came at": "what `simulate --explain` prints; tests/cli/test_simulate.py looks at it",
     "loongjax bench offline": "minutes, and tests/bench/test_offline.py runs a shorter one; parsed",
     "loongjax bench scheduler --case 10000": "a minute; parsed",
     "loongjax aot": "compilers of 600 MB; parsed",
