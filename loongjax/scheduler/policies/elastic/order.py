@@ -1,10 +1,11 @@
-"""Whose prompt is computed first: whoever has waited longest, by what is left of it to compute.
+"""Whose prompt is computed first: whoever has waited longest, by how long it takes.
 
-    urgency = (waited + 2 s) / (time that the rest takes alone on all instances)^0.8
+    urgency = (waited + 2 s) / (time that it takes alone on all instances)^0.8
 
-So a short prompt overtakes a long one soon after it came, who is nearly done is not interrupted,
-and the longest one goes first in the end (as in highest response ratio next). When many wait, the
-short ones' urgency grows fastest: an overload reaches the longest first.
+That time is the geometric mean of what the whole prompt takes and what its rest does. So a short
+prompt overtakes a long one soon after it came, others of its length do not interrupt who is nearly
+done, and the longest one goes first in the end (as in highest response ratio next). When many wait,
+the short ones' urgency grows fastest: an overload reaches the longest first.
 
 Who has a deadline that can still be met goes before the others when it has to begin.
 """
@@ -64,7 +65,8 @@ class Order:
     def urgency(self, view: RequestView) -> float:
         """See the module."""
         waited = self._now - view.arrival + _HEAD_START_S
-        return waited / self._at_least_s(self.rest_s(view)) ** _EVENNESS
+        seconds = math.sqrt(self.rest_s(view) * self.alone_s(view.length))
+        return waited / self._at_least_s(seconds) ** _EVENNESS
 
     def _at_least_s(self, seconds: float) -> float:
         return max(seconds, self._floor_s, _LEAST_S)
