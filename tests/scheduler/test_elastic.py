@@ -181,7 +181,7 @@ def test_a_short_prompt_overtakes_a_long_one_between_its_chunks() -> None:
     assert by_group[(0, 1, 2)] == ("long",)
 
 
-def test_the_order_is_of_waiting_by_what_is_left() -> None:
+def test_the_order_is_of_waiting_by_how_long_it_takes() -> None:
     order = Order(AnalyticCost(), 4, now=NOW, floor_s=0.04)
     long = waiting("long", 150_000, arrival=NOW - 20.0)
     short = waiting("short", 500, arrival=NOW - 0.3)
@@ -190,7 +190,8 @@ def test_the_order_is_of_waiting_by_what_is_left() -> None:
     assert order.first([for_long, short], 1) == [for_long]
     shares = (Share(0, 149_000),)
     nearly_done = replace(long, id="nearly", computed=149_000, kv=shares, arrival=NOW - 4.0)
-    assert order.first([long, short, nearly_done], 1) == [nearly_done]
+    assert order.first([long, nearly_done], 1) == [nearly_done]
+    assert order.first([short, nearly_done], 1) == [short]
 
 
 def test_who_has_to_begin_to_meet_its_deadline_goes_first() -> None:
