@@ -6,7 +6,6 @@ alone, which says what they take unloaded; then the same with long prompts among
 
 from __future__ import annotations
 
-import logging
 import random
 import threading
 import time
@@ -21,8 +20,6 @@ from loongjax.config import EngineConfig
 from loongjax.engine import Engine, Event, FinishedEvent, GenerationRequest
 from loongjax.errors import BenchError
 from loongjax.sampling.params import SamplingParams
-
-_log = logging.getLogger(__name__)
 
 _SHORT = (32, 256)
 _SHORT_OUTPUT = 16

@@ -86,11 +86,10 @@ class Lanes:
         """Instances that are left to decodes and short prompts: one at least, and as many as all
         who decode and hold little need together, up to half of them.
         """
-        everything = len(self._table.free)
-        most = max(everything // 2, min(1, everything - 1))
+        most = len(self._table.free) // 2
         small = [v.computed for v in self._table.snapshot.running if self.is_small(v.computed)]
         if not small:
-            return min(1, everything - 1)
+            return min(1, most)
         rows, tokens, longest = len(small), sum(small), max(small)
         for instances in range(1, most):
             work = DecodeWork(-(-rows // instances), tokens // instances, 1, longest)
