@@ -242,16 +242,30 @@ def test_times_alone_are_interpolated(tokens: int) -> None:
 # ---- lanes ---------------------------------------------------------------------------
 
 
+def homes_of(step: PrefillStep) -> set[int]:
+    """Where a step keeps KV."""
+    return {share.instance for placement in step.keep for share in placement.shares}
+
+
 def test_a_lane_leaves_an_instance_to_decodes() -> None:
+    (step,) = prefills(plan(waiting("a", 150_000), decoding("d", (3, 1000))))
+    assert step.group == (0, 1, 2)
+    assert homes_of(step) == {0, 1, 2}, "its KV lies evenly on the lane"
+
+
+def test_while_nobody_else_is_there_a_long_prompt_computes_on_all_instances() -> None:
     (step,) = prefills(plan(waiting("a", 150_000)))
-    assert len(step.group) == 3
-    kept = {share.instance for placement in step.keep for share in placement.shares}
-    assert kept == set(step.group), "its KV lies evenly on the lane"
+    assert step.group == (0, 1, 2, 3)
+    assert homes_of(step) == {0, 1, 2}, "whoever comes can decode beside its KV"
+    going_on = begun("a", 150_000, (0, 9_000), (1, 9_000), (2, 9_000))
+    (step,) = prefills(plan(going_on))
+    assert step.group == (0, 1, 2, 3)
+    assert homes_of(step) == {0, 1, 2}
 
 
 def test_two_long_prompts_share_a_lane() -> None:
     first = begun("a", 150_000, (0, 9_000), (1, 9_000), (2, 9_000), arrival=NOW - 10)
-    found = plan(first, waiting("b", 40_000))
+    found = plan(first, waiting("b", 40_000), decoding("d", (3, 1000)))
     groups = {step.group for step in prefills(found)}
     assert (0, 1, 2) in groups
     assert groups <= {(0, 1, 2), (3,)}

@@ -35,7 +35,12 @@ def made_up(monkeypatch):
         names = ("paper", "every_class", "sustainable", "saturated")
         return dict.fromkeys(names, sustained) | {"bound": 2.0}
 
+    def served(self, workload, policy, seed, part):
+        times = {"p50": part, "p99": 2 * part, "mean": part}
+        return {"<4k": times, "attained": 0.5 + 0.25 * seed, "work": part}
+
     monkeypatch.setattr(Evaluation, "goodput", goodput)
+    monkeypatch.setattr(Evaluation, "served", served)
     monkeypatch.setattr(evaluate_elastic, "SENSITIVE", ("mixed", "leval"))
 
 
@@ -48,12 +53,21 @@ def test_targets_stand_beside_what_was_reached(made_up, tmp_path):
     assert float(mixed["loongserve"]) == pytest.approx(1.6)
 
 
-def test_sensitivity_is_drawn_for_every_constant(made_up, tmp_path, capsys):
-    main(["--out", str(tmp_path), "--only", "sensitivity", "--only", "ablation"])
+def test_sensitivity_is_drawn_for_every_constant(made_up, tmp_path):
+    main(["--out", str(tmp_path), "--only", "sensitivity", "--seeds", "2"])
     assert (tmp_path / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
     rows = table(tmp_path / "sensitivity.csv")[1:]
-    assert len(rows) == 2 * 2 * (len(CONSTANTS) + len(evaluate_elastic.SETTINGS))
-    assert len(table(tmp_path / "ablation.csv")) == 1 + 2 * len(ABLATIONS)
+    assert len(rows) == 2 * (1 + 2 * (len(CONSTANTS) + len(evaluate_elastic.SETTINGS)))
+    assert rows[0] == ["mixed", "as it is", "0.625", "0.800"], "the mean of both seeds"
+
+
+def test_an_ablation_tells_goodput_and_how_long_short_prompts_wait(made_up, tmp_path, capsys):
+    main(["--out", str(tmp_path), "--only", "ablation"])
+    head, *rows = table(tmp_path / "ablation.csv")
+    assert len(rows) == 2 * len(ABLATIONS)
+    first = dict(zip(head, rows[0], strict=True))
+    assert (first["p50 below 4K [s]"], first["p99 below 4K [s]"]) == ("0.6", "1.2")
+    assert first["p50 above 128K [s]"] == ""
     capsys.readouterr()
     main(["--out", str(tmp_path), "--only", "ablation"])
     assert ", 0 s" in capsys.readouterr().out, "made once"
@@ -96,7 +110,7 @@ def test_without_any_idea_everybody_is_served(name, tmp_path):
     policy, changes = ABLATIONS[name]
     evaluation = Evaluation(tmp_path, 20.0, 1, None)
     with changed(changes):
-        found = evaluation.latency("zipf:1.0", policy, seed=1)
+        found = evaluation.served("zipf:1.0", policy, 1, 0.6)
     assert found["<4k"]["p99"] > 0.0
 
 

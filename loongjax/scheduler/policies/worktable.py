@@ -206,10 +206,16 @@ class Worktable:
         """Whether the pool has so many blocks even if everyone takes all the headroom: a
         glance that often saves the memory test.
         """
-        if self.headroom is None or self.begun or self.placed:
+        if self.headroom is None:
             return False
         grows = len(self.snapshot.running) * (self.blocks(self.headroom) + 1)
+        for view in (*self.begun, *self.placed.values()):
+            grows += self.grows(view)
         return sum(self.free) - grows >= blocks
+
+    def grows(self, view: RequestView) -> int:
+        """Blocks that a request may have in the end beyond those of what is computed."""
+        return max(0, self.blocks(self.granted(view)) - self.blocks(view.computed))
 
     def pool(self, region: frozenset[InstanceId]) -> Pool:
         """The memory of a region, and who holds some of it.

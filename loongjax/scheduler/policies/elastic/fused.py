@@ -188,8 +188,10 @@ class FusedStep:
         if most < 1 or refused:
             return 0
 
+        history = self._work(view, most).history
+
         def seconds(tokens: int) -> float:
-            return self._seconds(self._work(view, tokens))
+            return self._seconds(ChunkWork(tokens, history))
 
         limit, before_s = min(self.budget, self.chunk_s), self._seconds()
         if seconds(most) <= limit:

@@ -69,8 +69,8 @@ class Lanes:
             least = max(least, -(-view.length // max(1, self.in_time)))
         return min(least, everything)
 
-    def _usable(self, view: RequestView) -> int:
-        """How many it can use."""
+    def usable(self, view: RequestView) -> int:
+        """How many instances a prompt can use."""
         work = self._cost.prefill(1, [ChunkWork(view.length, 0)])
         fitting = [d for d, constant in self._constants if constant <= _CONSTANT_PART * work]
         return fitting[-1] if fitting else 1
@@ -154,7 +154,7 @@ class Lanes:
             if (members := self._widened(view, lane.members)) is not None:
                 chosen[view.id] = members
                 self.why[view.id] = (
-                    f"a lane, {len(members)} wide: it can use {self._usable(view)}, needs "
+                    f"a lane, {len(members)} wide: it can use {self.usable(view)}, needs "
                     f"{self.least(view)}; {self.decoding} left to decodes"
                 )
         return chosen
@@ -189,7 +189,7 @@ class Lanes:
 
     def _lane_for(self, view: RequestView, lanes: list[_Lane]) -> _Lane | None:
         """The lane of a new prompt: a new one, or one that grows for it."""
-        least, usable = self.least(view), self._usable(view)
+        least, usable = self.least(view), self.usable(view)
         size = max(1, min(max(least, usable), self._most))
         spare = self._spare(lanes)
         return self._new_lane(lanes, spare, size) or self._shared_lane(lanes, spare, size)

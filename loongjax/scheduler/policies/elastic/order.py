@@ -42,14 +42,21 @@ class Order:
         self._degree = degree
         self._now = now
         self._floor_s = floor_s
-        self._alone = [cost.prefill(degree, [ChunkWork(size, 0)]) for size in _SIZES]
+        self._alone: dict[int, float] = {}
 
     def alone_s(self, tokens: int) -> float:
         """What a prompt takes alone on all instances, about [s]."""
         right = min(max(bisect_left(_SIZES, tokens), 1), len(_SIZES) - 1)
         low, high = _SIZES[right - 1], _SIZES[right]
-        first, second = self._alone[right - 1], self._alone[right]
+        first, second = self._exactly_s(low), self._exactly_s(high)
         return first + (second - first) * (tokens - low) / (high - low)
+
+    def _exactly_s(self, tokens: int) -> float:
+        found = self._alone.get(tokens)
+        if found is None:
+            found = self._cost.prefill(self._degree, [ChunkWork(tokens, 0)])
+            self._alone[tokens] = found
+        return found
 
     def rest_s(self, view: RequestView) -> float:
         """What is left of it takes on all instances, about [s]."""

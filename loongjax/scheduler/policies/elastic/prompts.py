@@ -95,8 +95,9 @@ class Prompts:
         for view in table.near:
             if len(view.kv) > 1 and not table.idle.issuperset(view.homes):
                 self._gathering.meet(view.homes)
+        degree = self._degree(lane_of)
         for lane in lane_of.values():
-            self._open_lane(lane)
+            self._open_lane(lane, degree)
         full = False
         for view in self._line:
             if view.kv:
@@ -185,19 +186,31 @@ class Prompts:
         if step is not None:
             self.steps.append(step)
 
-    def _open_lane(self, lane: frozenset[InstanceId]) -> None:
+    def _degree(self, lane_of: LaneOf) -> int:
+        """How wide steps on lanes are at least. While there are only prompts of one lane they get
+        all instances that they can use, though their KV stays on the lane: whoever comes waits for
+        a step, and then decodes on instances of its own.
+        """
+        snapshot = self._table.snapshot
+        others = snapshot.running or len(snapshot.waiting) > len(lane_of)
+        if others or len(set(lane_of.values())) != 1:
+            return 1
+        return max([self._lanes.usable(view) for view in self._line])
+
+    def _open_lane(self, lane: frozenset[InstanceId], degree: int) -> None:
         """Begins a step on a lane, or lets those of it that are idle wait for the others."""
         if any(instance in self._open for instance in lane):
             return
         if self._table.idle.issuperset(lane):
-            self._open_step(tuple(sorted(lane)))
+            self._open_step(tuple(sorted(lane)), degree)
         else:
             self._gathering.meet(lane)
 
-    def _open_step(self, group: Group) -> FusedStep | None:
-        """Begins a step on idle instances."""
+    def _open_step(self, group: Group, degree: int = 1) -> FusedStep | None:
+        """Begins a step on idle instances, on more than the group if so many can be had."""
         table, due_on = self._table, self._clock.due_on
-        found = table.cover(frozenset(group), frozenset(table.idle))
+        wanted, idle = frozenset(group), frozenset(table.idle)
+        found = table.cover(wanted, idle, degree) or table.cover(wanted, idle)
         if found is None:
             return None
         members = frozenset(found)
