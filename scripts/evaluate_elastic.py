@@ -200,9 +200,7 @@ class Evaluation:
 
         return Cell(part=part, workload=workload, column=column, seed=seed, make=make)
 
-    def _ablation(
-        self, workload: str, column: str, policy: str, changes: Sequence[Change]
-    ) -> Cell:
+    def _ablation(self, workload: str, column: str, policy: str, changes: Sequence[Change]) -> Cell:
         """The goodput without an idea, and how long short prompts wait at a rate below it."""
 
         def make() -> dict[str, Any]:
