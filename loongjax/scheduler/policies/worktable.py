@@ -145,9 +145,9 @@ class Worktable:
                 there.growth += grows
                 there.blocks += held if whole else self.held_blocks(view, share[0])
         for view in self.begun:
-            grows = self.blocks(self.granted(view)) - self.blocks(view.computed)
+            grows = self.grows(view)
             for instance, _ in view.kv:
-                found.setdefault(instance, Tenants()).growth += max(0, grows)
+                found.setdefault(instance, Tenants()).growth += grows
         return found
 
     def tenants(self, instance: InstanceId) -> Tenants:

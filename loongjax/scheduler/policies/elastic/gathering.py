@@ -98,7 +98,7 @@ class Gathering:
         """Where it decodes in time, with room to grow: an idle one, with most who decode there."""
         table = self._table
         size = table.snapshot.block_size
-        grows = table.blocks(table.granted(view)) - table.blocks(view.computed)
+        grows = table.grows(view)
         found: list[tuple[bool, int, int]] = []
         for instance in others:
             moved = sum([table.held_blocks(view, home) for home in view.homes if home != instance])

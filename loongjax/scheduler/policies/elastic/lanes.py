@@ -34,6 +34,15 @@ class _Lane:
     waiting: int = 0
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Need:
+    """Of a prompt: instances that it needs at least, those that it can use, and blocks of KV."""
+
+    least: int
+    usable: int
+    blocks: int
+
+
 class Lanes:
     """The lanes of one plan.
 
@@ -43,6 +52,7 @@ class Lanes:
 
     def __init__(self, table: Worktable, cost: CostModel, pace_s: float) -> None:
         self.why: dict[RequestId, str] = {}
+        self._needs: dict[RequestId, _Need] = {}
         self._rooms: dict[tuple[frozenset[InstanceId], int], int] = {}
         self._table = table
         self._cost = cost
@@ -60,20 +70,25 @@ class Lanes:
         """Whether KV of one request may lie beside that of others on one instance."""
         return 2 * tokens <= self.in_time
 
-    def least(self, view: RequestView) -> int:
-        """How many instances a prompt needs: for its memory, and to decode in time if possible."""
-        table = self._table
-        everything, blocks = len(table.free), table.blocks(table.granted(view))
-        least = -(-blocks // max(table.capacity))
-        if view.length <= self.in_time * everything:
-            least = max(least, -(-view.length // max(1, self.in_time)))
-        return min(least, everything)
+    def need(self, view: RequestView) -> _Need:
+        """How many instances a prompt needs, and can use."""
+        found = self._needs.get(view.id)
+        if found is None:
+            blocks = self._table.blocks(self._table.granted(view))
+            work = self._cost.prefill(1, [ChunkWork(view.length, 0)])
+            fitting = [d for d, constant in self._constants if constant <= _CONSTANT_PART * work]
+            usable = fitting[-1] if fitting else 1
+            found = _Need(least=self._least(view.length, blocks), usable=usable, blocks=blocks)
+            self._needs[view.id] = found
+        return found
 
-    def usable(self, view: RequestView) -> int:
-        """How many instances a prompt can use."""
-        work = self._cost.prefill(1, [ChunkWork(view.length, 0)])
-        fitting = [d for d, constant in self._constants if constant <= _CONSTANT_PART * work]
-        return fitting[-1] if fitting else 1
+    def _least(self, length: int, blocks: int) -> int:
+        """For its memory, and to decode in time if possible."""
+        everything = len(self._table.free)
+        least = -(-blocks // max(self._table.capacity))
+        if length <= self.in_time * everything:
+            least = max(least, -(-length // max(1, self.in_time)))
+        return min(least, everything)
 
     @cached_property
     def _constants(self) -> list[tuple[int, float]]:
@@ -154,8 +169,8 @@ class Lanes:
             if (members := self._widened(view, lane.members)) is not None:
                 chosen[view.id] = members
                 self.why[view.id] = (
-                    f"a lane, {len(members)} wide: it can use {self.usable(view)}, needs "
-                    f"{self.least(view)}; {self.decoding} left to decodes"
+                    f"a lane, {len(members)} wide: it can use {self.need(view).usable}, needs "
+                    f"{self.need(view).least}; {self.decoding} left to decodes"
                 )
         return chosen
 
@@ -165,12 +180,12 @@ class Lanes:
         """A lane, and more if a prompt needs that or lies there: for itself alone."""
         if view.kv:
             return members | view.homes
-        needed = self._table.blocks(self._table.granted(view))
+        need = self.need(view)
         wider: frozenset[InstanceId] | None = members
-        for size in range(self.least(view), len(self._table.free) + 1):
+        for size in range(need.least, len(self._table.free) + 1):
             if size > len(members):
                 wider = self._cover(members, self._ranked, size)
-            if wider is not None and self.room_on(wider) >= needed:
+            if wider is not None and self.room_on(wider) >= need.blocks:
                 return wider
         return None
 
@@ -182,15 +197,14 @@ class Lanes:
             room = sum([table.free[i] for i in lane])
             for view in (*table.census, *table.placed.values()):
                 if not view.homes.isdisjoint(lane):
-                    grown = table.blocks(table.granted(view))
-                    room -= max(0, grown - table.blocks(view.computed))
+                    room -= table.grows(view)
             self._rooms[key] = room
         return room
 
     def _lane_for(self, view: RequestView, lanes: list[_Lane]) -> _Lane | None:
         """The lane of a new prompt: a new one, or one that grows for it."""
-        least, usable = self.least(view), self.usable(view)
-        size = max(1, min(max(least, usable), self._most))
+        need = self.need(view)
+        size = max(1, min(max(need.least, need.usable), self._most))
         spare = self._spare(lanes)
         return self._new_lane(lanes, spare, size) or self._shared_lane(lanes, spare, size)
 

@@ -159,7 +159,7 @@ class Prompts:
     def _takes_long(self, view: RequestView) -> bool:
         if view.kv:
             return not view.homes.isdisjoint(self._lanes.busy)
-        return self._one_s(view) > self._chunk_s or self._lanes.least(view) > 1
+        return self._one_s(view) > self._chunk_s or self._lanes.need(view).least > 1
 
     def _one_s(self, view: RequestView) -> float:
         """What a prompt takes on one instance [s]."""
@@ -195,7 +195,7 @@ class Prompts:
         others = snapshot.running or len(snapshot.waiting) > len(lane_of)
         if others or len(set(lane_of.values())) != 1:
             return 1
-        return max([self._lanes.usable(view) for view in self._line])
+        return max([self._lanes.need(view).usable for view in self._line])
 
     def _open_lane(self, lane: frozenset[InstanceId], degree: int) -> None:
         """Begins a step on a lane, or lets those of it that are idle wait for the others."""
@@ -261,7 +261,7 @@ class Prompts:
     def _begin_on_lane(self, view: RequestView, lane: frozenset[InstanceId]) -> bool:
         """Begins a prompt that takes long, if there is time and memory for it."""
         step = self._open.get(min(lane))
-        needed = self._table.blocks(self._table.granted(view))
+        needed = self._lanes.need(view).blocks
         if step is None or not step.members >= lane or self._lanes.room_on(lane) < needed:
             return False
         return step.add(view, lane, forced=self._starves(view)) > 0
