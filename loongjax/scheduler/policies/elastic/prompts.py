@@ -13,7 +13,6 @@ from typing import TypeAlias
 
 from loongjax.costmodel.protocol import ChunkWork, CostModel
 from loongjax.plan import (
-    Group,
     InstanceId,
     MigrateStep,
     PrefillStep,
@@ -79,6 +78,7 @@ class Prompts:
         self._open: dict[InstanceId, FusedStep] = {}
         self._done_s: dict[RequestId, float] = {}
         self._far: set[RequestId] = set()
+        self._wide = 1
         self.steps: list[PrefillStep | MigrateStep] = []
         self.reasons = {view.id: reasons.ALL_BUSY for view in self._line}
 
@@ -95,9 +95,9 @@ class Prompts:
         for view in table.near:
             if len(view.kv) > 1 and not table.idle.issuperset(view.homes):
                 self._gathering.meet(view.homes)
-        degree = self._degree(lane_of)
+        self._wide = self._least_degree(lane_of)
         for lane in lane_of.values():
-            self._open_lane(lane, degree)
+            self._open_lane(lane)
         full = False
         for view in self._line:
             if view.kv:
@@ -186,31 +186,31 @@ class Prompts:
         if step is not None:
             self.steps.append(step)
 
-    def _degree(self, lane_of: LaneOf) -> int:
-        """How wide steps on lanes are at least. While there are only prompts of one lane they get
-        all instances that they can use, though their KV stays on the lane: whoever comes waits for
+    def _least_degree(self, lane_of: LaneOf) -> int:
+        """How wide steps of prompts are at least. While there are only prompts of one lane they get
+        all instances that they can use, though their KV stays where it is: whoever comes waits for
         a step, and then decodes on instances of its own.
         """
         snapshot = self._table.snapshot
-        others = snapshot.running or len(snapshot.waiting) > len(lane_of)
-        if others or len(set(lane_of.values())) != 1:
+        lanes = {lane_of.get(view.id, view.homes) for view in self._line}
+        if snapshot.running or len(snapshot.waiting) > len(self._line) or len(lanes) != 1:
             return 1
         return max([self._lanes.need(view).usable for view in self._line])
 
-    def _open_lane(self, lane: frozenset[InstanceId], degree: int) -> None:
+    def _open_lane(self, lane: frozenset[InstanceId]) -> None:
         """Begins a step on a lane, or lets those of it that are idle wait for the others."""
         if any(instance in self._open for instance in lane):
             return
         if self._table.idle.issuperset(lane):
-            self._open_step(tuple(sorted(lane)), degree)
+            self._open_step(lane, self._wide)
         else:
             self._gathering.meet(lane)
 
-    def _open_step(self, group: Group, degree: int = 1) -> FusedStep | None:
-        """Begins a step on idle instances, on more than the group if so many can be had."""
+    def _open_step(self, members: frozenset[InstanceId], degree: int = 1) -> FusedStep | None:
+        """Begins a step on idle instances, these and more if so many can be had."""
         table, due_on = self._table, self._clock.due_on
-        wanted, idle = frozenset(group), frozenset(table.idle)
-        found = table.cover(wanted, idle, degree) or table.cover(wanted, idle)
+        idle = frozenset(table.idle)
+        found = table.cover(members, idle, degree) or table.cover(members, idle)
         if found is None:
             return None
         members = frozenset(found)
@@ -241,7 +241,7 @@ class Prompts:
         """The next chunk of a prompt that is begun; says why there is one or not."""
         step = self._open.get(next(iter(view.homes)))
         if step is None and self._table.idle.issuperset(view.homes):
-            step = self._open_step(tuple(sorted(view.homes)))
+            step = self._open_step(view.homes, self._wide)
         if step is None or not step.members >= view.homes:
             return reasons.BUSY
         homes = lane_of.get(view.id, view.homes) & step.members
@@ -304,7 +304,7 @@ class Prompts:
         if not fitting:
             return False
         home = min(fitting, key=lambda i: (table.tenants(i).rows, -table.free[i], i))
-        step = self._open_step((home,))
+        step = self._open_step(frozenset({home}))
         return step is not None and self._join(view, step)
 
     def _join(self, view: RequestView, step: FusedStep) -> bool:
