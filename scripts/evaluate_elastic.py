@@ -37,6 +37,7 @@ from loongjax.costmodel import ScalingInformationBase
 from loongjax.scheduler.policies import create_policy, policy_layout
 from loongjax.scheduler.policies.elastic import clock, fused, gathering, lanes, order, prompts
 from loongjax.simulator import (
+    Goodput,
     Job,
     Objective,
     at_rate,
@@ -71,6 +72,10 @@ LATENCY = ("mixed", "zipf:1.0")
 PART = 0.6
 SENSITIVE_PART = 0.8
 COARSE = 0.05
+LONG = 4000
+"""Jobs, from so many on a search begins where one of a part of them ended,"""
+PILOT = 8
+"""a part that is smaller by this factor."""
 USUAL = "as it is"
 NO_LIMIT = 1e9
 
@@ -125,8 +130,13 @@ class Cell:
     @property
     def name(self) -> str:
         """Of its file."""
-        text = f"{self.part}-{Path(self.workload).name}-{self.column}-{self.seed}"
-        return "".join(c if c.isalnum() or c in ".-" else "_" for c in text)
+        return name_of(self.part, self.workload, self.column, self.seed)
+
+
+def name_of(part: str, workload: str, column: str, seed: int) -> str:
+    """Of a cell's file, without its ending."""
+    text = f"{part}-{Path(workload).name}-{column}-{seed}"
+    return "".join(c if c.isalnum() or c in ".-" else "_" for c in text)
 
 
 class Evaluation:
@@ -291,11 +301,35 @@ class Evaluation:
         made = create_policy(policy, wrong(deployment.cost, *factors))
         jobs = self.jobs(workload, seed, **drawn)
         drains = [(self.seconds / 2, 0)] if lost else []
-        found = find_goodput(
-            jobs, deployment, made, Objective(), precision=precision, drains=drains
-        )
+
+        def search(jobs: Sequence[Job], precision: float, near: Sequence[float]) -> Goodput:
+            return find_goodput(
+                jobs,
+                deployment,
+                made,
+                Objective(),
+                precision=precision,
+                near=near,
+                drains=drains,
+            )
+
+        near = self.known(workload, policy)
+        if not near and len(jobs) >= LONG:
+            pilot = search(jobs[: len(jobs) // PILOT], COARSE, ())
+            near = [pilot.paper / pilot.bound, pilot.every_class / pilot.bound]
+        found = search(jobs, precision, near)
         names = ("paper", "every_class", "sustainable", "saturated", "bound")
         return {name: getattr(found, name) for name in names}
+
+    def known(self, workload: str, policy: str) -> list[float]:
+        """Where a search may begin: what other seeds came to, as parts of the bound."""
+        found = []
+        for seed in self.seeds:
+            path = self.out / "cells" / f"{name_of('targets', workload, policy, seed)}.json"
+            if path.exists():
+                value = json.loads(path.read_text(encoding="utf-8"))
+                found += [value[name] / value["bound"] for name in ("paper", "every_class")]
+        return found
 
     def served(self, workload: str, policy: str, seed: int, part: float) -> dict[str, Any]:
         """At a part of the fluid bound: times to first token by class of length [s], who was served

@@ -8,6 +8,7 @@ import pytest
 
 from loongjax.costmodel import ChunkWork, DecodeWork
 from loongjax.scheduler.policies.elastic import clock, order
+from loongjax.simulator import Goodput
 from scripts import evaluate_elastic
 from scripts.evaluate_elastic import (
     ABLATIONS,
@@ -42,6 +43,12 @@ def made_up(monkeypatch):
     monkeypatch.setattr(Evaluation, "goodput", goodput)
     monkeypatch.setattr(Evaluation, "served", served)
     monkeypatch.setattr(evaluate_elastic, "SENSITIVE", ("mixed", "leval"))
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """So few jobs that a run takes seconds, types checked."""
+    monkeypatch.setattr(Evaluation, "_count", lambda self, jobs: 20)
 
 
 def test_targets_stand_beside_what_was_reached(made_up, tmp_path):
@@ -84,6 +91,30 @@ def test_a_cell_that_another_process_makes_is_left_out(tmp_path):
     assert not lock.exists()
 
 
+def test_a_search_begins_where_another_seed_ended(tmp_path):
+    evaluation = Evaluation(tmp_path, 10.0, 2, None)
+    assert evaluation.known("mixed", "elastic") == []
+    value = {"paper": 1.0, "every_class": 0.5, "bound": 2.0}
+    cell = Cell(part="targets", workload="mixed", column="elastic", seed=1, make=lambda: value)
+    evaluation.value(cell)
+    assert evaluation.known("mixed", "elastic") == [0.5, 0.25]
+
+
+def test_a_long_search_begins_where_a_part_of_it_ended(few, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate_elastic, "LONG", 20)
+    monkeypatch.setattr(evaluate_elastic, "PILOT", 1)
+    sought = []
+
+    def search(jobs, deployment, policy, objective, *, precision, near, drains):
+        sought.append((precision, list(near)))
+        found = {"paper": 1.0, "every_class": 0.5, "sustainable": 0.5, "saturated": 1.0}
+        return Goodput(**found, bound=2.0, probes=())
+
+    monkeypatch.setattr(evaluate_elastic, "find_goodput", search)
+    Evaluation(tmp_path, 10.0, 2, None).goodput("lveval", "elastic", 0)
+    assert sought == [(0.05, []), (0.02, [0.5, 0.25])]
+
+
 def test_constants_are_what_they_were_afterwards():
     before = order._EVENNESS, clock._RESERVE
 
@@ -103,12 +134,6 @@ def test_a_wrong_cost_model_is_wrong_by_its_factors():
     chunks, work = [ChunkWork(100, 50)], DecodeWork(3, 200, 1)
     assert found.prefill(2, chunks) == pytest.approx(1.3 * right.prefill(2, chunks))
     assert found.decode(2, work) == pytest.approx(0.7 * right.decode(2, work))
-
-
-@pytest.fixture
-def few(monkeypatch):
-    """So few jobs that a run takes seconds, types checked."""
-    monkeypatch.setattr(Evaluation, "_count", lambda self, jobs: 20)
 
 
 @pytest.mark.parametrize("name", ABLATIONS)

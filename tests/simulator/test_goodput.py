@@ -66,6 +66,17 @@ def test_the_search_finds_where_the_objective_begins_to_be_missed():
     assert min(failed) - found.paper <= 0.05 * found.bound
 
 
+def test_a_search_that_begins_near_its_end_takes_fewer_runs():
+    objective = Objective(ttft_factor=0.0, ttft_floor_s=0.4, tpot_s=0.1)
+    usual = find_goodput(jobs(60), DEPLOYMENT, POLICY, objective)
+    part = usual.paper / usual.bound
+    for near, runs in ((part, 4), (part + 0.015, 4), (part - 0.09, len(usual.probes) + 4)):
+        found = find_goodput(jobs(60), DEPLOYMENT, POLICY, objective, near=[near])
+        assert found.paper == pytest.approx(usual.paper, abs=0.02 * usual.bound)
+        assert len(found.probes) <= runs
+    assert len(usual.probes) > 6
+
+
 def test_a_class_of_its_own_lowers_the_rate_of_every_class_alone():
     """One request in twenty is too long to be served in time at any rate."""
     mixed = [replace(one, prompt=4_500) if i % 20 == 5 else one for i, one in enumerate(jobs(60))]
