@@ -330,22 +330,21 @@ class BlockAllocator:
         if kv is None:
             kv = self._held[piece.request] = Holding()
         run, fill = kv.run_on(piece.instance), piece.fill
-        first = kv.next_slot
+        parts: list[Int32[np.ndarray, "N 3"]] = []
         if fill:
             run.fill_last(fill)
+            parts.append(np.array([[kv.next_slot, kv.computed, fill]], np.int32))
             kv.next_slot += fill
             kv.computed += fill
-        rest = piece.tokens - fill
-        new = self._new_entries(piece.instance, kv.computed, rest)
-        if rest:
+        if rest := piece.tokens - fill:
+            new = self._new_entries(piece.instance, kv.computed, rest)
             run.extend(new, rest)
+            parts.append(new)
             kv.next_slot = int(new[-1, 0] + new[-1, 2])
             kv.last_instance = piece.instance
-        if fill:
-            filled = np.array([[first, kv.computed - fill, fill]], np.int32)
-            new = np.concatenate([filled, new])
-        kv.computed += rest
-        return ShareSlots(request=piece.request, instance=piece.instance, entries=new)
+            kv.computed += rest
+        entries = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return ShareSlots(request=piece.request, instance=piece.instance, entries=entries)
 
     def _new_entries(
         self, instance: InstanceId, position: int, tokens: int
@@ -356,8 +355,7 @@ class BlockAllocator:
         entries[:, 0] = self._blocks[instance].take(wanted) * self.block_size
         entries[:, 1] = np.arange(position, position + tokens, self.block_size)
         entries[:, 2] = self.block_size
-        if tokens:
-            entries[-1, 2] = tokens - (wanted - 1) * self.block_size
+        entries[-1, 2] = tokens - (wanted - 1) * self.block_size
         return entries
 
     # ---- migrate ---------------------------------------------------------------------

@@ -111,22 +111,29 @@ class Ledger:
                 )
 
     def _decode(self, step: DecodeStep, slots: DecodeSlots) -> None:
-        size, owners, holders = self._size, self._owners, self._held
         for (request, _, home), slot in zip(step.rows, slots.slots, strict=True):
-            held = holders[request]
-            block, begun = divmod(slot, size)
-            if owners[home][block] != (held.mark if begun else 0):
-                self._refuse(request, home, block)
-            if not begun:
-                owners[home][block] = held.mark
-                self._used[home] += 1
-                held.blocks.setdefault(home, []).append(block)
-            held.tokens[home] = held.tokens.get(home, 0) + 1
-            held.total += 1
+            self._write_one(request, home, slot, 1)
+
+    def _write_one(self, request: RequestId, home: InstanceId, slot: int, count: int) -> None:
+        """Tokens in one block; thousands of decodes do not pay for arrays."""
+        held, owners = self._held[request], self._owners[home]
+        block, begun = divmod(slot, self._size)
+        if owners[block] != (held.mark if begun else 0):
+            self._refuse(request, home, block)
+        if not begun:
+            owners[block] = held.mark
+            self._used[home] += 1
+            held.blocks.setdefault(home, []).append(block)
+        held.tokens[home] = held.tokens.get(home, 0) + count
+        held.total += count
 
     def _write(
         self, request: RequestId, instance: InstanceId, entries: Int[np.ndarray, "N 3"]
     ) -> None:
+        if len(entries) == 1:
+            slot, _, count = entries[0].tolist()
+            self._write_one(request, instance, slot, count)
+            return
         held = self._held[request]
         owners = self._owner_array(instance)
         begins = entries[:, 0] % self._size == 0

@@ -144,6 +144,8 @@ class Lanes:
         """Instances of requests that lie on several; those that share any are one lane. What is
         left to decodes is no part of it, though a request that needs more lies there too.
         """
+        if not self._spread:
+            return []
         left = frozenset(self._ranked[self._most :])
         return [lane - left for lane in parts(self._spread) if lane - left]
 
