@@ -62,7 +62,7 @@ NOT_RUN = {
     "loongjax simulate --workload zipf": "minutes; parsed",
     "loongjax profile": "minutes; parsed",
     "loongjax bench engine": "26 minutes; parsed",
-    "loongjax bench policies": "ten minutes; tests/bench/test_policies.py runs a shorter one; parsed",
+    "loongjax bench policies": "minutes; tests/bench/test_policies.py runs a shorter one; parsed",
     "loongjax bench serve": "a minute; tests/serving/test_bench.py runs a shorter one; parsed",
     "loongjax bench chaos": "a minute; tests/serving/test_bench.py runs a shorter one; parsed",
     '{"instances", "policies"': "what `bench policies` prints; its test looks at it",
