@@ -9,14 +9,14 @@ nothing, as in the program that does it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Protocol, runtime_checkable
 
 from loongjax.costmodel.protocol import ChunkWork, CostModel, DecodeWork
 from loongjax.plan import (
     DecodeStep,
     InstanceId,
-    MigrateStep,
+    Move,
     PrefillStep,
     RequestId,
     Step,
@@ -38,7 +38,7 @@ def step_seconds(step: Step, held: Holdings, cost: CostModel) -> float:
         return _prefill(step, held, cost)
     if isinstance(step, DecodeStep):
         return cost.decode(len(step.group), decode_work(step, held))
-    return _migrate(step, cost)
+    return moves_seconds(step.moves, cost)
 
 
 def decode_work(step: DecodeStep, held: Holdings) -> DecodeWork:
@@ -75,11 +75,11 @@ def _prefill(step: PrefillStep, held: Holdings, cost: CostModel) -> float:
     return min(cost.prefill(degree, in_place), cost.prefill(degree, fresh) + cost.migrate(gathered))
 
 
-def _migrate(step: MigrateStep, cost: CostModel) -> float:
-    """Moves go on at once; an instance sends and receives at the same time."""
+def moves_seconds(moves: Iterable[Move], cost: CostModel) -> float:
+    """All go on at once, and an instance sends and receives at the same time."""
     sent: Counter[InstanceId] = Counter()
     received: Counter[InstanceId] = Counter()
-    for move in step.moves:
+    for move in moves:
         sent[move.source] += move.tokens
         received[move.target] += move.tokens
     return cost.migrate(max(*sent.values(), *received.values()))

@@ -317,6 +317,33 @@ def test_a_lane_waits_until_all_of_it_is_idle() -> None:
     assert not found.steps
 
 
+def crowd(count: int, tokens: int) -> list[RequestView]:
+    """So many who decode on the last instance that two are left to decodes."""
+    return [decoding(f"e{i}", (3, tokens)) for i in range(count)]
+
+
+def test_who_decodes_across_a_lane_and_others_goes_first() -> None:
+    """It cannot ride along in steps of the lane, and those would follow each other for ever."""
+    lane = begun("long", 180_000, (0, 20_000), (1, 20_000))
+    across = decoding("d", (0, 30_000), (1, 30_000), (2, 30_000), due_in=0.01)
+    found = plan(lane, across, *crowd(60, 2000))
+    assert not prefills(found)
+    assert (0, 1, 2) in [step.group for step in found.steps if isinstance(step, DecodeStep)]
+    ahead = replace(across, first_token=across.first_token + 0.04)
+    (step,) = prefills(plan(lane, ahead, *crowd(60, 2000)))
+    assert step.group == (0, 1)
+
+
+def test_who_decodes_across_a_move_is_waited_for() -> None:
+    """What is idle of its instances does nothing that lasts longer than the move."""
+    lane = begun("long", 180_000, (0, 20_000), (1, 20_000))
+    across = decoding("d", (0, 30_000), (1, 30_000), (2, 30_000))
+    moves = decoding("m", (1, 5000))
+    found = plan(lane, across, moves, waiting("s", 3000), *crowd(50, 700))
+    assert any(isinstance(step, MigrateStep) and step.group == (1, 3) for step in found.steps)
+    assert not any({0, 2} & set(step.group) for step in found.steps)
+
+
 # ---- decodes move out of the way -----------------------------------------------------
 
 
@@ -328,11 +355,57 @@ def test_decodes_move_away_from_a_lane() -> None:
     assert move.group == (1, 3)
 
 
-def test_decodes_stay_until_they_are_ahead_by_what_moving_takes() -> None:
+@pytest.mark.parametrize("generated", [1, 2])
+def test_decodes_stay_until_a_move_does_not_make_them_late(generated: int) -> None:
+    """All that moves counts: one instance receives it. What they are early by may be used up."""
     lane = begun("long", 180_000, (0, 20_000), (1, 20_000), (2, 20_000))
-    just_began = decoding("d", (1, 3000), due_in=0.003)
+    kv = [(i, 7000) for i in range(3)]
+    just_began = decoding("d", *kv, generated=generated, due_in=0.001)
     found = plan(lane, just_began, decoding("e", (3, 1000)))
-    assert not any(isinstance(step, MigrateStep) for step in found.steps)
+    moves = [step for step in found.steps if isinstance(step, MigrateStep)]
+    assert len(moves) == (generated == 2)
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_decodes_do_not_move_to_where_a_prompt_would_not_get_on_then(begins: bool) -> None:
+    lane = begun("long", 180_000, (0, 20_000), (1, 20_000))
+    others = [begun("short", 8000, (3, 4000))] if begins else []
+    found = plan(lane, decoding("d", (1, 3000)), *crowd(70, 1000), *others)
+    (move,) = [step for step in found.steps if isinstance(step, MigrateStep)]
+    assert move.moves == (Move("d", 1, 2 if begins else 3, 3000),)
+
+
+def test_decodes_move_though_a_prompt_lies_on_all_instances() -> None:
+    """Lanes are not as wide, and it grows evenly: it takes a part of what is free on each."""
+    lane = begun("long", 500_000, *((i, 20_000) for i in range(4)))
+    found = plan(lane, decoding("d", (1, 3000)), decoding("e", (3, 1000)))
+    (move,) = [step for step in found.steps if isinstance(step, MigrateStep)]
+    assert move.moves == (Move("e", 3, 1, 1000),)
+
+
+def test_who_is_late_moves_all_the_same() -> None:
+    lane = begun("long", 180_000, (0, 20_000), (1, 20_000), (2, 20_000))
+    late = decoding("d", (1, 20_000), due_in=-0.5)
+    found = plan(lane, late, decoding("e", (3, 1000)))
+    assert any(isinstance(step, MigrateStep) for step in found.steps)
+
+
+def test_a_short_prompt_stays_on_its_instance() -> None:
+    """Though that is part of a lane: what lies on several can decode only where all are idle."""
+    lane = begun("long", 180_000, (0, 20_000), (1, 20_000), (2, 20_000))
+    short = begun("short", 3000, (1, 500), arrival=NOW - 20)
+    (step,) = [s for s in prefills(plan(lane, short)) if "short" in step_requests(s)]
+    (shares,) = [p.shares for p in step.keep if p.request == "short"]
+    assert {share.instance for share in shares} == {1}
+
+
+def test_no_long_prompt_begins_while_one_that_is_begun_is_passed_over() -> None:
+    """There is time for a first part of it, but not for one that reads so much history."""
+    lane = begun("long", 180_000, *((i, 40_000) for i in range(3)))
+    rows = [decoding(f"d{i}", (i, 30_000), due_in=0.045) for i in range(3)]
+    found = plan(lane, *rows, waiting("new", 150_000, arrival=NOW - 500))
+    assert found.reasons
+    assert not prefills(found)
 
 
 def test_decodes_stay_if_they_would_be_too_slow_together() -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from functools import cached_property
 
 from loongjax.costmodel.protocol import ChunkWork, CostModel, DecodeWork
+from loongjax.costmodel.steps import moves_seconds
 from loongjax.plan import (
     Group,
     InstanceId,
@@ -53,11 +53,14 @@ class Clock:
         sooner. So the mean time from token to token is kept wherever the answer ends, and who is
         ahead can wait for a chunk.
         """
-        first = self.now if view.first_token is None else view.first_token
-        tokens = max(1, view.generated)
-        early = _RESERVE * min(tokens, _RESERVE_TOKENS)
-        due = first + self.pace_s * (tokens - early) - self.now
+        early = _RESERVE * min(max(1, view.generated), _RESERVE_TOKENS)
+        due = self.late_in(view) - self.pace_s * early
         return due if due > -_LOST * self.pace_s else self.pace_s
+
+    def late_in(self, view: RequestView) -> float:
+        """When the pace of its answer so far is lost without another token [s from now]."""
+        first = self.now if view.first_token is None else view.first_token
+        return first + self.pace_s * max(1, view.generated) - self.now
 
     @cached_property
     def due_on(self) -> dict[InstanceId, float]:
@@ -80,16 +83,17 @@ class Clock:
             found.update(dict.fromkeys(step.group, ends))
         return found
 
+    def occupy(self, step: MigrateStep) -> None:
+        """Takes note of a step of this plan, for those who wait for its instances."""
+        self.idle_in.update(dict.fromkeys(step.group, self._seconds(step)))
+
     def _seconds(self, step: Step) -> float:
         """How long a step in flight takes in all; KV is taken to lie evenly."""
         degree = len(step.group)
         if isinstance(step, PrefillStep):
             return self._cost.prefill(degree, [ChunkWork(c.length, c.start) for c in step.chunks])
         if isinstance(step, MigrateStep):
-            sent = Counter[InstanceId]()
-            for move in step.moves:
-                sent[move.source] += move.tokens
-            return self._cost.migrate(max(sent.values()))
+            return moves_seconds(step.moves, self._cost)
         rows = len(step.rows)
         return self._cost.decode(degree, DecodeWork(rows, self._held(step.group), degree))
 

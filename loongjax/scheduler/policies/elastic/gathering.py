@@ -8,7 +8,9 @@ that lasts longer than until the other one is (`meetings`).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
+from functools import cached_property
 
 from loongjax.costmodel.protocol import CostModel, DecodeWork
 from loongjax.plan import InstanceId, MigrateStep, Move, RequestId, RequestView
@@ -72,6 +74,7 @@ class Gathering:
                 continue
             target, touched = chosen, touched | view.homes | {chosen}
             moved.add(view.id)
+            self._promised[chosen] += table.grows(view)
             for source, tokens in view.kv:
                 if source != chosen:
                     moves.append(Move(view.id, source, chosen, tokens))
@@ -85,28 +88,52 @@ class Gathering:
             return None
         table.claim(group)
         table.near = [view for view in table.near if view.id not in moved]
-        return MigrateStep(seq=seq, group=group, moves=tuple(moves))
+        step = MigrateStep(seq=seq, group=group, moves=tuple(moves))
+        self._clock.occupy(step)
+        return step
+
+    @cached_property
+    def _promised(self) -> Counter[InstanceId]:
+        """Blocks that those who lie on an instance may still need there; on several they grow
+        evenly.
+        """
+        found = Counter[InstanceId]()
+        for view in self._table.census:
+            grows = -(-self._table.grows(view) // len(view.kv))
+            for share in view.kv:
+                found[share[0]] += grows
+        return found
+
+    @cached_property
+    def _prompts_on(self) -> frozenset[InstanceId]:
+        """Instances that a prompt lies on alone."""
+        begun = [v.homes for v in self._table.begun if v.uncomputed > 1 and len(v.kv) == 1]
+        return frozenset[InstanceId]().union(*begun)
 
     def _has_time(self, view: RequestView) -> bool:
-        """Whether its next token is not late because it moves. Most answers that are short end
-        before they have; they do not move at all.
+        """Whether the pace of its answer is kept though it moves, or is lost anyway: elsewhere it
+        catches up. Of those with much KV most have ended before they have the time; they do not
+        move at all.
         """
-        move_s = self._cost.migrate(max([share.tokens for share in view.kv]))
-        return self._clock.due_in(view) >= move_s
+        late_in = self._clock.late_in(view)
+        return late_in < 0.0 or late_in >= self._cost.migrate(view.computed)
 
     def _target(self, view: RequestView, others: frozenset[InstanceId]) -> InstanceId | None:
-        """Where it decodes in time, with room to grow: an idle one, with most who decode there."""
+        """Where it decodes in time, with room to grow: an idle one, with most who decode there.
+        Where a prompt is begun, that is to get on.
+        """
         table = self._table
         size = table.snapshot.block_size
         grows = table.grows(view)
         found: list[tuple[bool, int, int]] = []
         for instance in others:
             moved = sum([table.held_blocks(view, home) for home in view.homes if home != instance])
-            if table.spare(instance) < moved + grows:
+            if table.free[instance] - self._promised[instance] < moved + grows:
                 continue
             there = table.tenants(instance)
             rows, held = there.rows + 1, (there.blocks + moved) * size
             step_s = self._cost.decode(1, DecodeWork(rows, held, 1))
-            if step_s <= _SPARE_PART * self._clock.pace_s:
+            shared = instance in self._prompts_on
+            if step_s <= (self._lanes.shared_s if shared else _SPARE_PART * self._clock.pace_s):
                 found.append((instance in table.idle, rows, -instance))
         return -max(found)[2] if found else None

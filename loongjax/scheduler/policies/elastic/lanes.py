@@ -66,6 +66,11 @@ class Lanes:
         most = max(self._table.capacity) * self._table.snapshot.block_size
         return tokens_in_time(self._pace_s, most, self._cost)
 
+    @property
+    def shared_s(self) -> float:
+        """What a step of those who decode may take where prompts get on, too [s]."""
+        return _DECODING_PART * self._pace_s
+
     def is_small(self, tokens: int) -> bool:
         """Whether KV of one request may lie beside that of others on one instance."""
         return 2 * tokens <= self.in_time
@@ -108,7 +113,7 @@ class Lanes:
         rows, tokens, longest = len(small), sum(small), max(small)
         for instances in range(1, most):
             work = DecodeWork(-(-rows // instances), tokens // instances, 1, longest)
-            if self._cost.decode(1, work) <= _DECODING_PART * self._pace_s:
+            if self._cost.decode(1, work) <= self.shared_s:
                 return instances
         return most
 
@@ -140,14 +145,18 @@ class Lanes:
         return len(self._table.free) - self.decoding
 
     @cached_property
+    def left(self) -> frozenset[InstanceId]:
+        """Instances that are left to decodes and short prompts."""
+        return frozenset(self._ranked[self._most :])
+
+    @cached_property
     def in_use(self) -> list[frozenset[InstanceId]]:
         """Instances of requests that lie on several; those that share any are one lane. What is
         left to decodes is no part of it, though a request that needs more lies there too.
         """
         if not self._spread:
             return []
-        left = frozenset(self._ranked[self._most :])
-        return [lane - left for lane in parts(self._spread) if lane - left]
+        return [lane - self.left for lane in parts(self._spread) if lane - self.left]
 
     @cached_property
     def busy(self) -> frozenset[InstanceId]:

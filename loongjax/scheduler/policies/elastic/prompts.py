@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 from loongjax.costmodel.protocol import ChunkWork, CostModel
 from loongjax.plan import (
+    Group,
     InstanceId,
     MigrateStep,
     PrefillStep,
@@ -35,7 +36,7 @@ _MOST_LONG = 16
 _CATCHING_UP = 0.5
 """Part of the time from token to token that a step may take though somebody is late: the rest is
 what they catch up by, and prompts get on meanwhile."""
-_STARVING = 25.0
+_STARVING = 50.0
 """A prompt that has waited so many times as long as it takes gets on at the cost of decodes."""
 _ALONE_PART = 0.8
 """Part of the KV that a decode step of one instance reads in time, up to which a prompt may lie
@@ -77,6 +78,7 @@ class Prompts:
         self._gathering = Gathering(table, cost, clock, self._lanes)
         self._open: dict[InstanceId, FusedStep] = {}
         self._done_s: dict[RequestId, float] = {}
+        self._passed_s: dict[Group, float] = {}
         self._far: set[RequestId] = set()
         self._wide = 1
         self.steps: list[PrefillStep | MigrateStep] = []
@@ -157,9 +159,10 @@ class Prompts:
     # ---- who they are ----------------------------------------------------------------
 
     def _takes_long(self, view: RequestView) -> bool:
+        long = self._one_s(view) > self._chunk_s or self._lanes.need(view).least > 1
         if view.kv:
-            return not view.homes.isdisjoint(self._lanes.busy)
-        return self._one_s(view) > self._chunk_s or self._lanes.need(view).least > 1
+            return (long or len(view.kv) > 1) and not view.homes.isdisjoint(self._lanes.busy)
+        return long
 
     def _one_s(self, view: RequestView) -> float:
         """What a prompt takes on one instance [s]."""
@@ -181,7 +184,7 @@ class Prompts:
     # ---- steps -----------------------------------------------------------------------
 
     def _move(self, lane_of: LaneOf) -> None:
-        lanes = self._lanes.busy.union(*lane_of.values())
+        lanes = self._lanes.busy.union(*lane_of.values()) - self._lanes.left
         step = self._gathering.move(lanes, self._table.snapshot.next_seq)
         if step is not None:
             self.steps.append(step)
@@ -211,7 +214,7 @@ class Prompts:
         table, due_on = self._table, self._clock.due_on
         idle = frozenset(table.idle)
         found = table.cover(members, idle, degree) or table.cover(members, idle)
-        if found is None:
+        if found is None or self._is_due_across(frozenset(found)):
             return None
         members = frozenset(found)
         riders = [view for view in table.near if members.issuperset(view.homes)]
@@ -225,6 +228,20 @@ class Prompts:
         self._open.update(dict.fromkeys(found, step))
         table.claim(found)
         return step
+
+    def _is_due_across(self, members: frozenset[InstanceId]) -> bool:
+        """Whether somebody who decodes on some of these and on others, too, is due: it cannot ride
+        along, and goes first.
+        """
+        soon = self._clock.pace_s / 2
+        return any(
+            len(view.kv) > 1
+            and not view.homes <= members
+            and not view.homes.isdisjoint(members)
+            and self._table.idle.issuperset(view.homes)
+            and self._clock.due_in(view) < soon
+            for view in self._table.near
+        )
 
     def _finish(self, step: FusedStep) -> None:
         made = step.finish(self._table.snapshot.next_seq + len(self.steps))
@@ -245,7 +262,11 @@ class Prompts:
         if step is None or not step.members >= view.homes:
             return reasons.BUSY
         homes = lane_of.get(view.id, view.homes) & step.members
-        return reasons.GOES_ON if step.add(view, homes, forced=self._starves(view)) else reasons.DUE
+        if step.add(view, homes, forced=self._starves(view)):
+            return reasons.GOES_ON
+        rest_s = self._order.rest_s(view)
+        self._passed_s[step.group] = min(rest_s, self._passed_s.get(step.group, math.inf))
+        return reasons.DUE
 
     def _begin(self, view: RequestView, lane_of: LaneOf) -> str:
         """The first chunk of a new prompt; says why there is one or not."""
@@ -259,10 +280,15 @@ class Prompts:
         return reasons.FULL if self._open.get(min(lane)) else reasons.BUSY
 
     def _begin_on_lane(self, view: RequestView, lane: frozenset[InstanceId]) -> bool:
-        """Begins a prompt that takes long, if there is time and memory for it."""
+        """Begins a prompt that takes long, if there is time and memory for it, and nobody who is
+        begun and takes less was passed over for lack of time: a first part is always worth it, and
+        too many would be begun.
+        """
         step = self._open.get(min(lane))
         needed = self._lanes.need(view).blocks
         if step is None or not step.members >= lane or self._lanes.room_on(lane) < needed:
+            return False
+        if self._order.rest_s(view) >= self._passed_s.get(step.group, math.inf):
             return False
         return step.add(view, lane, forced=self._starves(view)) > 0
 
