@@ -34,6 +34,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from loongjax.costmodel import ScalingInformationBase
+from loongjax.plan import RequestView
 from loongjax.scheduler.policies import create_policy, policy_layout
 from loongjax.scheduler.policies.elastic import clock, fused, gathering, lanes, order, prompts
 from loongjax.simulator import (
@@ -82,12 +83,23 @@ NO_LIMIT = 1e9
 Change = tuple[Any, str, Any]
 """A module or class, the name of what is changed in it, and what it becomes."""
 
+
+def _in_time(self: gathering.Gathering, view: RequestView) -> bool:
+    """Whether it keeps its pace though it moves."""
+    return self._clock.late_in(view) >= self._cost.migrate(view.computed)
+
+
 ABLATIONS: dict[str, tuple[str, tuple[Change, ...]]] = {
     "everything": ("elastic", ()),
     "whole prompts": (f"elastic:chunk_s={NO_LIMIT}", ()),
     "order of arrival": ("elastic", ((order, "_EVENNESS", 0.0),)),
     "no riders": ("elastic", ((fused.FusedStep, "_carries", lambda self, works: False),)),
     "no decodes moved": ("elastic", ((gathering.Gathering, "move", lambda *what: None),)),
+    "who is late does not move": ("elastic", ((gathering.Gathering, "_has_time", _in_time),)),
+    "who decodes across lanes does not go first": (
+        "elastic",
+        ((prompts.Prompts, "_is_due_across", lambda self, members: False),),
+    ),
     "no early reserve": ("elastic", ((clock, "_RESERVE", 0.0),)),
     "all instances for every long prompt": ("elastic", ((lanes, "_CONSTANT_PART", NO_LIMIT),)),
     "one instance for every prompt that fits": ("elastic", ((lanes, "_CONSTANT_PART", 0.0),)),
