@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -29,6 +30,7 @@ from loongjax.scheduler.policies import create_policy
 from loongjax.scheduler.policies.elastic import Elastic
 from loongjax.scheduler.policies.elastic.fused import spread
 from loongjax.scheduler.policies.elastic.order import Order
+from loongjax.scheduler.policies.elastic.reasons import DUE
 from tests.scheduler.analytic_cost import AnalyticCost
 
 SLOTS = 200_000
@@ -399,12 +401,22 @@ def test_a_short_prompt_stays_on_its_instance() -> None:
     assert {share.instance for share in shares} == {1}
 
 
+class DearHistory(AnalyticCost):
+    """Every chunk reads its history, however short it is."""
+
+    def prefill(self, degree: int, chunks: Sequence[ChunkWork]) -> float:
+        read = 1e-6 * sum(chunk.history for chunk in chunks)
+        return super().prefill(degree, chunks) + read / degree
+
+
 def test_no_long_prompt_begins_while_one_that_is_begun_is_passed_over() -> None:
     """There is time for a first part of it, but not for one that reads so much history."""
-    lane = begun("long", 180_000, *((i, 40_000) for i in range(3)))
-    rows = [decoding(f"d{i}", (i, 30_000), due_in=0.045) for i in range(3)]
-    found = plan(lane, *rows, waiting("new", 150_000, arrival=NOW - 500))
-    assert found.reasons
+    lane = begun("long", 180_000, *((i, 40_000) for i in range(3)), arrival=NOW - 100)
+    rows = [decoding(f"d{i}", (i, 70_000), due_in=0.3) for i in range(3)]
+    found = plan(lane, *rows, waiting("new", 150_000), cost=DearHistory())
+    assert {step.group for step in found.steps} == {(0,), (1,), (2,)}, "they decode"
+    waits = dict(found.reasons)
+    assert waits["long"] == DUE
     assert not prefills(found)
 
 

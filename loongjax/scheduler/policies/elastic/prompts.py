@@ -159,10 +159,11 @@ class Prompts:
     # ---- who they are ----------------------------------------------------------------
 
     def _takes_long(self, view: RequestView) -> bool:
-        long = self._one_s(view) > self._chunk_s or self._lanes.need(view).least > 1
-        if view.kv:
-            return (long or len(view.kv) > 1) and not view.homes.isdisjoint(self._lanes.busy)
-        return long
+        if view.kv and view.homes.isdisjoint(self._lanes.busy):
+            return False
+        if len(view.kv) > 1:
+            return True
+        return self._one_s(view) > self._chunk_s or self._lanes.need(view).least > 1
 
     def _one_s(self, view: RequestView) -> float:
         """What a prompt takes on one instance [s]."""
@@ -214,9 +215,11 @@ class Prompts:
         table, due_on = self._table, self._clock.due_on
         idle = frozenset(table.idle)
         found = table.cover(members, idle, degree) or table.cover(members, idle)
-        if found is None or self._is_due_across(frozenset(found)):
+        if found is None:
             return None
         members = frozenset(found)
+        if self._is_due_across(members):
+            return None
         riders = [view for view in table.near if members.issuperset(view.homes)]
         if len(riders) > table.snapshot.max_rows * len(found):
             return None
