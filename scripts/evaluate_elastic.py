@@ -2,18 +2,18 @@
 
     python scripts/evaluate_elastic.py --out elastic [--only targets] [--seconds 1000] [--seeds 3]
 
-Every run is a cell, kept in a file of its own: whoever broke off goes on where it was, and several
-processes share the work. Parts: `targets` (sustainable goodput against LoongServe and chunked
-prefill), `latency` (time to first token at 0.6 of the fluid bound), `robust` (wrong cost models,
-bursts, an instance lost), `ablation` (one idea left out; like `robust`, searched to a twentieth of
-the bound), and `sensitivity` (every constant at half and at twice its value, at 0.8 of the bound).
-The last two change constants of modules: what nobody should set has no option.
+Every search or run is a cell, and a line of `cells.jsonl`: whoever broke off goes on where it was,
+and several processes share the work. Parts: `targets` (sustainable goodput against LoongServe and
+chunked prefill), `latency` (time to first token at 0.6 of the fluid bound), `robust` (wrong cost
+models, bursts, an instance lost), `ablation` (one idea left out; like `robust`, searched to a
+twentieth of the bound), and `sensitivity` (every constant at half and at twice its value, at 0.8 of
+the bound). The last two change constants of modules: what nobody should set has no option.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
+import gc
 import json
 import math
 import sys
@@ -25,14 +25,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import matplotlib
+import numpy as np
 
 if __package__ is None:  # run as a file
     sys.path.insert(0, str(Path(__file__).parents[1]))
-matplotlib.use("Agg")
-import numpy as np
-from matplotlib.figure import Figure
-
 from loongjax.costmodel import ScalingInformationBase
 from loongjax.plan import RequestView
 from loongjax.scheduler.policies import create_policy, policy_layout
@@ -53,22 +49,12 @@ from loongjax.simulator import (
     work_rate,
 )
 from loongjax.simulator.jobs import length_class
+from scripts.elastic_report import FACTORS, USUAL, write_report
 
 HARDWARE = "a800x8"
 SHAPE = "llama2-7b"
 WORKLOADS = ("sharegpt", "leval", "lveval", "mixed", "zipf:1.0", "zipf:1.2", "zipf:1.4")
 SLACK = tuple(f"chunked_prefill:order=slack,chunk={size}" for size in (2048, 4096))
-# What is asked of `elastic`: goodput over LoongServe's, and over chunked prefill's in slack order.
-TARGETS = {
-    "sharegpt": (1.05, 1.1),
-    "leval": (1.2, 1.3),
-    "lveval": (1.3, 2.0),
-    "mixed": (1.3, 2.5),
-    "zipf:1.0": (1.2, 1.1),
-    "zipf:1.2": (1.4, 1.1),
-    "zipf:1.4": (1.3, 1.0),
-}
-TRACE_TARGET = (1.1, 1.0)
 LATENCY = ("mixed", "zipf:1.0")
 PART = 0.6
 SENSITIVE_PART = 0.8
@@ -77,7 +63,8 @@ LONG = 4000
 """Jobs, from so many on a search begins where one of a part of them ended,"""
 PILOT = 8
 """a part that is smaller by this factor."""
-USUAL = "as it is"
+COLLECTED_AFTER = (100_000, 20, 20)
+"""A run makes many objects that stay: looking through them again and again takes a tenth of it."""
 NO_LIMIT = 1e9
 
 Change = tuple[Any, str, Any]
@@ -125,8 +112,7 @@ CONSTANTS: tuple[tuple[Any, str], ...] = (
     (prompts, "_ALONE"),
 )
 SETTINGS = {"decode_s": 0.045, "chunk_s": 0.5, "floor_s": 0.04, "headroom": 512}
-FACTORS = (0.5, 2.0)
-SENSITIVE = ("leval", "mixed", "zipf:1.0")
+SENSITIVE = ("mixed", "zipf:1.0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,25 +145,31 @@ class Evaluation:
         self.seconds = seconds
         self.seeds = range(seeds)
         self.trace = trace
-        (out / "cells").mkdir(parents=True, exist_ok=True)
+        self._made = out / "cells.jsonl"
+        (out / "making").mkdir(parents=True, exist_ok=True)
 
     # ---- cells -----------------------------------------------------------------------
 
+    def made(self) -> dict[str, dict[str, Any]]:
+        """What cells of this length say that any process has made, by name."""
+        if not self._made.exists():
+            return {}
+        lines = map(json.loads, self._made.read_text(encoding="utf-8").splitlines())
+        return {line.pop("cell"): line for line in lines if line["seconds"] == self.seconds}
+
     def value(self, cell: Cell) -> dict[str, Any] | None:
         """What a cell says, made now or read; None if another process makes it just now."""
-        path = self.out / "cells" / f"{cell.name}.json"
-        if path.exists():
-            return dict(json.loads(path.read_text(encoding="utf-8")))
-        lock = path.with_suffix(".lock")
+        lock = self.out / "making" / cell.name
         try:
             lock.touch(exist_ok=False)
         except FileExistsError:
-            return None
+            return self.made().get(cell.name)
         try:
-            value = {**cell.make(), "seconds": self.seconds}
-            part = path.with_suffix(".part")
-            part.write_text(json.dumps(value), encoding="utf-8")
-            part.replace(path)
+            value = self.made().get(cell.name)
+            if value is None:
+                value = {**cell.make(), "seconds": self.seconds}
+                with self._made.open("a", encoding="utf-8") as file:  # one write: lines stay whole
+                    file.write(json.dumps({"cell": cell.name, **value}) + "\n")
         finally:
             with suppress(FileNotFoundError):
                 lock.unlink()
@@ -188,7 +180,7 @@ class Evaluation:
         workloads = [*WORKLOADS, *([str(self.trace)] if self.trace else ())]
         for seed in self.seeds:
             for workload in workloads:
-                for policy in ("elastic", "loongserve", *SLACK):
+                for policy in ("elastic", "loongserve", *self._chunks(workload, seed)):
                     yield self._goodput("targets", workload, policy, policy, seed)
             for workload in LATENCY:
                 for policy in ("elastic", "loongserve"):
@@ -207,6 +199,17 @@ class Evaluation:
                 yield self._ablation(workload, name, policy, changes)
         for seed in self.seeds:
             yield from self._sensitivity(seed)
+
+    def _chunks(self, workload: str, seed: int) -> Sequence[str]:
+        """Chunked prefill with those lengths of chunks that are tried: for other seeds than the
+        first only the one that was best there.
+        """
+        made = self.made()
+        names = [name_of("targets", workload, policy, self.seeds[0]) for policy in SLACK]
+        if seed == self.seeds[0] or any(name not in made for name in names):
+            return SLACK
+        found = [made[name]["sustainable"] for name in names]
+        return [SLACK[found.index(max(found))]]
 
     def _goodput(
         self,
@@ -335,13 +338,10 @@ class Evaluation:
 
     def known(self, workload: str, policy: str) -> list[float]:
         """Where a search may begin: what other seeds came to, as parts of the bound."""
-        found = []
-        for seed in self.seeds:
-            path = self.out / "cells" / f"{name_of('targets', workload, policy, seed)}.json"
-            if path.exists():
-                value = json.loads(path.read_text(encoding="utf-8"))
-                found += [value[name] / value["bound"] for name in ("paper", "every_class")]
-        return found
+        made = self.made()
+        names = [name_of("targets", workload, policy, seed) for seed in self.seeds]
+        values = [made[name] for name in names if name in made]
+        return [v[name] / v["bound"] for v in values for name in ("paper", "every_class")]
 
     def served(self, workload: str, policy: str, seed: int, part: float) -> dict[str, Any]:
         """At a part of the fluid bound: times to first token by class of length [s], who was served
@@ -391,115 +391,6 @@ def changed(changes: Sequence[Change]) -> Iterator[None]:
             setattr(owner, name, value)
 
 
-# ---- tables and figures --------------------------------------------------------------
-
-
-Found = dict[tuple[str, str, str], list[dict[str, Any]]]
-"""Part, workload and column; for each seed."""
-
-
-def rate(found: Found, part: str, workload: str, column: str, name: str = "sustainable") -> float:
-    """The mean over seeds; not a number if it is missing."""
-    values = [each[name] for each in found.get((part, workload, column), ())]
-    return mean(values) if values else math.nan
-
-
-def target_rows(found: Found) -> Iterator[list[str]]:
-    """What was reached, beside what is asked."""
-    yield [
-        *("workload", "elastic", "paper's P90", "of bound", "loongserve", "ratio", "asked"),
-        *("chunked, slack", "ratio", "asked", "saturated", "loongserve saturated"),
-    ]
-    for workload in dict.fromkeys(w for part, w, _ in found if part == "targets"):
-        mine, other = (rate(found, "targets", workload, p) for p in ("elastic", "loongserve"))
-        slack = max(rate(found, "targets", workload, p) for p in SLACK)
-        bound = rate(found, "targets", workload, "elastic", "bound")
-        asked = TARGETS.get(workload, TRACE_TARGET)
-        full = [
-            rate(found, "targets", workload, p, "saturated") / bound
-            for p in ("elastic", "loongserve")
-        ]
-        paper = rate(found, "targets", workload, "elastic", "paper")
-        numbers = (mine, paper, mine / bound, other, mine / other, asked[0])
-        yield [
-            Path(workload).name,
-            *(f"{x:.3g}" for x in (*numbers, slack, mine / slack, asked[1], *full)),
-        ]
-
-
-def latency_rows(found: Found) -> Iterator[list[str]]:
-    """Times to first token, by class."""
-    yield ["workload", "policy", "class", "p50 [s]", "p99 [s]", "mean [s]"]
-    for (part, workload, policy), runs in found.items():
-        for name in ("<4k", "4k-32k", "32k-128k", ">128k") if part == "latency" else ():
-            if all(name in each for each in runs):
-                times = [mean(each[name][key] for each in runs) for key in ("p50", "p99", "mean")]
-                yield [workload, policy, name, *(f"{t:.3g}" for t in times)]
-
-
-def goodput_rows(found: Found, part: str) -> Iterator[list[str]]:
-    """Goodputs of a part, and what part of the first one's they are."""
-    yield ["workload", "what", "sustainable [1/s]", "of the first", "saturated / bound"]
-    first: dict[str, float] = {}
-    for (of, workload, column), _ in found.items():
-        if of != part:
-            continue
-        value = rate(found, part, workload, column)
-        base = first.setdefault(workload, value)
-        bound = rate(found, part, workload, column, "bound")
-        full = rate(found, part, workload, column, "saturated") / bound
-        yield [workload, column, f"{value:.3g}", f"{value / base:.2f}", f"{full:.2f}"]
-
-
-def ablation_rows(found: Found) -> Iterator[list[str]]:
-    """Goodputs without each idea, and times to first token of short prompts at 0.6 of the bound."""
-    head, *rows = goodput_rows(found, "ablation")
-    yield [*head, "p50 below 4K [s]", "p99 below 4K [s]", "p50 above 128K [s]"]
-    for row in rows:
-        (value,) = found["ablation", row[0], row[1]]
-        short, long = value.get("<4k", {}), value.get(">128k", {})
-        times = (short.get("p50"), short.get("p99"), long.get("p50"))
-        yield [*row, *("" if t is None else f"{t:.3g}" for t in times)]
-
-
-def sensitivity_rows(found: Found) -> Iterator[list[str]]:
-    """Who was served in time, with each constant changed: the mean over seeds."""
-    yield ["workload", "what", "served in time, worst class", "work done"]
-    for part, workload, column in found:
-        if part == "sensitivity":
-            values = [rate(found, part, workload, column, name) for name in ("attained", "work")]
-            yield [workload, column, *(f"{value:.3f}" for value in values)]
-
-
-def write_table(path: Path, rows: Iterator[list[str]]) -> None:
-    """As CSV."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
-
-
-def draw_sensitivity(found: Found, path: Path) -> None:
-    """Who was served in time at half and at twice each constant."""
-    columns = list(dict.fromkeys(c for part, _, c in found if part == "sensitivity"))
-    names = list(dict.fromkeys(c.rpartition(" x ")[0] for c in columns if c != USUAL))
-    picture = Figure(figsize=(10, 0.32 * len(names) + 1.5), layout="constrained")
-    for axes, workload in zip(
-        picture.subplots(1, len(SENSITIVE), sharey=True), SENSITIVE, strict=True
-    ):
-        for factor, colour in zip(FACTORS, ("C0", "C1"), strict=True):
-            values = [
-                rate(found, "sensitivity", workload, f"{name} x {factor:g}", "attained")
-                for name in names
-            ]
-            axes.plot(values, names, "o", color=colour, label=f"x {factor:g}")
-        usual = rate(found, "sensitivity", workload, USUAL, "attained")
-        axes.axvline(usual, color="k", linewidth=0.5)
-        axes.set_title(workload, fontsize=9)
-        axes.tick_params(labelsize=7)
-        axes.set_xlabel(f"served in time, worst class, {SENSITIVE_PART} of the bound", fontsize=7)
-    picture.axes[0].legend(fontsize=7)
-    picture.savefig(path, dpi=120)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Makes what is missing, then all tables and figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -513,36 +404,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workload", action="append", metavar="W", help="only these; repeatable")
     parser.add_argument("--seconds", type=float, default=1000.0, help="of a run (default 1000)")
     parser.add_argument("--seeds", type=int, default=3, help="but for robust, ablation (default 3)")
+    parser.add_argument("--made", action="store_true", help="make no cell: report those that are")
     parser.add_argument("--trace", type=Path, help="a trace to be served as well")
     options = parser.parse_args(arguments)
+    gc.set_threshold(*COLLECTED_AFTER)
     evaluation = Evaluation(options.out, options.seconds, options.seeds, options.trace)
-    cells = [
-        cell
-        for cell in evaluation.cells()
-        if (not options.only or cell.part in options.only)
-        and (not options.workload or cell.workload in options.workload)
-    ]
-    found: Found = {}
-    for number, cell in enumerate(cells, 1):
+    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for cell in evaluation.cells():
+        if options.only and cell.part not in options.only:
+            continue
+        if options.workload and cell.workload not in options.workload:
+            continue
         started = time.perf_counter()
-        value = evaluation.value(cell)
+        value = evaluation.made().get(cell.name) if options.made else evaluation.value(cell)
         if value is None:
             continue
         found.setdefault((cell.part, cell.workload, cell.column), []).append(value)
         told = {k: v for k, v in value.items() if isinstance(v, float) and k != "seconds"}
         print(
-            f"[{number}/{len(cells)}] {cell.name}: "
+            f"{cell.name}: "
             + ", ".join(f"{key} {number:.4g}" for key, number in told.items())
             + f", {time.perf_counter() - started:.0f} s",
             flush=True,
         )
-    write_table(options.out / "targets.csv", target_rows(found))
-    write_table(options.out / "latency.csv", latency_rows(found))
-    write_table(options.out / "robust.csv", goodput_rows(found, "robust"))
-    write_table(options.out / "ablation.csv", ablation_rows(found))
-    write_table(options.out / "sensitivity.csv", sensitivity_rows(found))
-    if any(part == "sensitivity" for part, _, _ in found):
-        draw_sensitivity(found, options.out / "sensitivity.png")
+    write_report(found, options.out)
 
 
 if __name__ == "__main__":

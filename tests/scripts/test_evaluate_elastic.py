@@ -83,12 +83,39 @@ def test_an_ablation_tells_goodput_and_how_long_short_prompts_wait(made_up, tmp_
 def test_a_cell_that_another_process_makes_is_left_out(tmp_path):
     evaluation = Evaluation(tmp_path, 10.0, 1, None)
     cell = Cell(part="p", workload="w", column="c", seed=0, make=lambda: {"sustainable": 1.0})
-    lock = tmp_path / "cells" / f"{cell.name}.lock"
+    lock = tmp_path / "making" / cell.name
     lock.touch()
     assert evaluation.value(cell) is None
     lock.unlink()
     assert evaluation.value(cell) == {"sustainable": 1.0, "seconds": 10.0}
     assert not lock.exists()
+
+
+def test_a_cell_is_made_once_for_a_length(tmp_path):
+    made = []
+
+    def make():
+        made.append(len(made))
+        return {"sustainable": float(len(made))}
+
+    cell = Cell(part="p", workload="w", column="c", seed=0, make=make)
+    for seconds, sustained in ((10.0, 1.0), (20.0, 2.0), (10.0, 1.0)):
+        value = Evaluation(tmp_path, seconds, 1, None).value(cell)
+        assert value == {"sustainable": sustained, "seconds": seconds}
+    assert made == [0, 1]
+
+
+def test_what_is_made_can_be_reported_without_making_more(made_up, tmp_path):
+    main(["--out", str(tmp_path), "--only", "targets", "--workload", "mixed"])
+    main(["--out", str(tmp_path), "--only", "targets", "--made"])
+    assert [row[0] for row in table(tmp_path / "targets.csv")[1:]] == ["mixed"]
+
+
+def test_other_seeds_use_the_length_of_chunks_that_was_best(made_up, tmp_path):
+    main(["--out", str(tmp_path), "--only", "targets", "--workload", "mixed", "--seeds", "2"])
+    made = Evaluation(tmp_path, 1000.0, 2, None).made()
+    seeds = [name.rpartition("-")[2] for name in made if "chunked" in name]
+    assert sorted(seeds) == ["0", "0", "1"]
 
 
 def test_a_search_begins_where_another_seed_ended(tmp_path):

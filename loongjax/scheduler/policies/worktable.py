@@ -85,6 +85,7 @@ class Worktable:
         ]
         self.preempted: list[RequestId] = []
         self.placed: dict[RequestId, RequestView] = {}
+        self._placed_grow = 0
         self.stuck: set[RequestId] = set()
         self._reach: dict[frozenset[InstanceId], tuple[frozenset[InstanceId], int]] = {}
 
@@ -209,9 +210,11 @@ class Worktable:
         if self.headroom is None:
             return False
         grows = len(self.snapshot.running) * (self.blocks(self.headroom) + 1)
-        for view in (*self.begun, *self.placed.values()):
-            grows += self.grows(view)
-        return sum(self.free) - grows >= blocks
+        return sum(self.free) - grows - self._begun_grow - self._placed_grow >= blocks
+
+    @cached_property
+    def _begun_grow(self) -> int:
+        return sum([self.grows(view) for view in self.begun])
 
     def grows(self, view: RequestView) -> int:
         """Blocks that a request may have in the end beyond those of what is computed."""
@@ -300,7 +303,10 @@ class Worktable:
         """
         for instance, blocks in taken:
             self.free[instance] -= blocks
+        if (before := self.placed.get(view.id)) is not None:
+            self._placed_grow -= self.grows(before)
         self.placed[view.id] = view
+        self._placed_grow += self.grows(view)
         whole: Pool | None = self.__dict__.get("_whole_pool")
         self._forget("census", "_whole_pool")
         if new and whole is not None:

@@ -75,6 +75,7 @@ class FusedStep:
         self._works: list[ChunkWork] = []
         self._refused = math.inf
         self.decode_s = self._decode_s()
+        self._so_far_s: float | None = None
 
     # ---- who decodes -----------------------------------------------------------------
 
@@ -142,9 +143,28 @@ class FusedStep:
     @property
     def left_s(self) -> float:
         """What is left of its time [s]."""
-        return min(self.budget, self.chunk_s) - self._seconds()
+        return min(self.budget, self.chunk_s) - self._now_s
+
+    @property
+    def _now_s(self) -> float:
+        """How long it takes as it is [s]."""
+        if self._so_far_s is None:
+            self._so_far_s = self._seconds()
+        return self._so_far_s
 
     # ---- prompts ---------------------------------------------------------------------
+
+    @property
+    def may_be_forced(self) -> bool:
+        """Whether a prompt may get on though there is no time for it."""
+        return not self._works and not self.meets
+
+    def refuses(self, view: RequestView) -> bool:
+        """Whether it is known that there is no time for a new prompt, or no room."""
+        if self.may_be_forced or view.kv:
+            return False
+        most = min(max(1, view.uncomputed), self._room())
+        return most < 1 or most >= self._refused
 
     def add(self, view: RequestView, homes: Collection[InstanceId], *, forced: bool = False) -> int:
         """Adds the next tokens of a prompt, as many as there is time and memory for.
@@ -158,7 +178,7 @@ class FusedStep:
         Returns:
           How many tokens, maybe none.
         """
-        forced = not self._works and not self.meets and (forced or not self._riders)
+        forced = self.may_be_forced and (forced or not self._riders)
         tokens = self._fit(view, forced)
         table, size = self._table, self._table.snapshot.block_size
         tail = 0 if view.tail is None else view.tail.tokens
@@ -173,6 +193,7 @@ class FusedStep:
         self._chunks.append((view, tokens, shares))
         self._works.append(self._work(view, tokens))
         self._refused = math.inf
+        self._so_far_s = None
         kv = dict(view.kv)
         for instance, kept in shares:
             kv[instance] = kv.get(instance, 0) + kept
@@ -193,7 +214,7 @@ class FusedStep:
         def seconds(tokens: int) -> float:
             return self._seconds(ChunkWork(tokens, history))
 
-        limit, before_s = min(self.budget, self.chunk_s), self._seconds()
+        limit, before_s = min(self.budget, self.chunk_s), self._now_s
         if seconds(most) <= limit:
             return most
 

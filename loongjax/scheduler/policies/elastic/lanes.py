@@ -79,21 +79,24 @@ class Lanes:
         """How many instances a prompt needs, and can use."""
         found = self._needs.get(view.id)
         if found is None:
-            blocks = self._table.blocks(self._table.granted(view))
+            blocks = self._blocks(view)
             work = self._cost.prefill(1, [ChunkWork(view.length, 0)])
             fitting = [d for d, constant in self._constants if constant <= _CONSTANT_PART * work]
             usable = fitting[-1] if fitting else 1
-            found = _Need(least=self._least(view.length, blocks), usable=usable, blocks=blocks)
+            found = _Need(least=self.least(view), usable=usable, blocks=blocks)
             self._needs[view.id] = found
         return found
 
-    def _least(self, length: int, blocks: int) -> int:
-        """For its memory, and to decode in time if possible."""
+    def least(self, view: RequestView) -> int:
+        """Instances that a prompt needs for its memory, and to decode in time if possible."""
         everything = len(self._table.free)
-        least = -(-blocks // max(self._table.capacity))
-        if length <= self.in_time * everything:
-            least = max(least, -(-length // max(1, self.in_time)))
+        least = -(-self._blocks(view) // max(self._table.capacity))
+        if view.length <= self.in_time * everything:
+            least = max(least, -(-view.length // max(1, self.in_time)))
         return min(least, everything)
+
+    def _blocks(self, view: RequestView) -> int:
+        return self._table.blocks(self._table.granted(view))
 
     @cached_property
     def _constants(self) -> list[tuple[int, float]]:

@@ -72,7 +72,9 @@ class Order:
     def urgency(self, view: RequestView) -> float:
         """See the module."""
         waited = self._now - view.arrival + _HEAD_START_S
-        seconds = math.sqrt(self.rest_s(view) * self.alone_s(view.length))
+        seconds = self.alone_s(view.length)
+        if view.computed:
+            seconds = math.sqrt(self.rest_s(view) * seconds)
         return waited / self._at_least_s(seconds) ** _EVENNESS
 
     def _at_least_s(self, seconds: float) -> float:

@@ -163,7 +163,7 @@ class Prompts:
             return False
         if len(view.kv) > 1:
             return True
-        return self._one_s(view) > self._chunk_s or self._lanes.need(view).least > 1
+        return self._one_s(view) > self._chunk_s or self._lanes.least(view) > 1
 
     def _one_s(self, view: RequestView) -> float:
         """What a prompt takes on one instance [s]."""
@@ -185,8 +185,10 @@ class Prompts:
     # ---- steps -----------------------------------------------------------------------
 
     def _move(self, lane_of: LaneOf) -> None:
-        lanes = self._lanes.busy.union(*lane_of.values()) - self._lanes.left
-        step = self._gathering.move(lanes, self._table.snapshot.next_seq)
+        lanes = self._lanes.busy.union(*lane_of.values())
+        if not lanes:
+            return
+        step = self._gathering.move(lanes - self._lanes.left, self._table.snapshot.next_seq)
         if step is not None:
             self.steps.append(step)
 
@@ -220,7 +222,11 @@ class Prompts:
         members = frozenset(found)
         if self._is_due_across(members):
             return None
-        riders = [view for view in table.near if members.issuperset(view.homes)]
+        riders = [
+            view
+            for view in table.near
+            if view.kv[0][0] in members and (len(view.kv) == 1 or members.issuperset(view.homes))
+        ]
         if len(riders) > table.snapshot.max_rows * len(found):
             return None
         due = min([due_on.get(i, math.inf) for i in found])
@@ -313,13 +319,13 @@ class Prompts:
 
     def _begin_on_one(self, view: RequestView) -> str:
         """Begins a short prompt: beside the lanes if it can, else along with others there."""
-        idle = self._table.idle
-        beside = idle - self._lanes.busy
-        if self._begin_on(view, beside) or self._begin_on(view, idle - beside):
-            return reasons.ON_ONE
-        steps = sorted(
-            dict.fromkeys(self._open.values()), key=lambda s: (len(s.group), -s.left_s, s.group)
-        )
+        if idle := self._table.idle:
+            beside = idle - self._lanes.busy
+            if self._begin_on(view, beside) or self._begin_on(view, idle - beside):
+                return reasons.ON_ONE
+        steps = [step for step in dict.fromkeys(self._open.values()) if not step.refuses(view)]
+        if len(steps) > 1:
+            steps.sort(key=lambda step: (len(step.group), -step.left_s, step.group))
         return reasons.JOINS if any(self._join(view, step) for step in steps) else reasons.NOWHERE
 
     def _begin_on(self, view: RequestView, idle: Iterable[InstanceId], spare: int = 1) -> bool:
@@ -342,4 +348,5 @@ class Prompts:
         home = max(step.group, key=lambda i: (free[i], -i))
         if free[home] < self._table.blocks(view.length):
             return False
-        return step.add(view, [home], forced=self._starves(view)) > 0
+        forced = step.may_be_forced and self._starves(view)
+        return step.add(view, [home], forced=forced) > 0
