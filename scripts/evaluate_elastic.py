@@ -106,7 +106,6 @@ CONSTANTS: tuple[tuple[Any, str], ...] = (
     (lanes, "_CONSTANT_PART"),
     (lanes, "_DECODING_PART"),
     (gathering, "_EARLY"),
-    (gathering, "_SPARE_PART"),
     (prompts, "_CATCHING_UP"),
     (prompts, "_STARVING"),
     (prompts, "_ALONE"),

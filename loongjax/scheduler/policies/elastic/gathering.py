@@ -21,8 +21,6 @@ from loongjax.scheduler.policies.worktable import Worktable
 _EARLY = 0.1
 """Part of the time from token to token by which one is to be idle before the other: whoever comes
 too late misses it, for that one does not know."""
-_SPARE_PART = 0.9
-"""Part of the time from token to token that a step may take where a request moves to."""
 
 
 class Gathering:
@@ -104,12 +102,6 @@ class Gathering:
                 found[share[0]] += grows
         return found
 
-    @cached_property
-    def _prompts_on(self) -> frozenset[InstanceId]:
-        """Instances that a prompt lies on alone."""
-        begun = [v.homes for v in self._table.begun if v.uncomputed > 1 and len(v.kv) == 1]
-        return frozenset[InstanceId]().union(*begun)
-
     def _has_time(self, view: RequestView) -> bool:
         """Whether the pace of its answer is kept though it moves, or is lost anyway: elsewhere it
         catches up. Of those with much KV most have ended before they have the time; they do not
@@ -119,9 +111,7 @@ class Gathering:
         return late_in < 0.0 or late_in >= self._cost.migrate(view.computed)
 
     def _target(self, view: RequestView, others: frozenset[InstanceId]) -> InstanceId | None:
-        """Where it decodes in time, with room to grow: an idle one, with most who decode there.
-        Where a prompt is begun, that is to get on.
-        """
+        """Where it decodes in time, with room to grow: an idle one, with most who decode there."""
         table = self._table
         size = table.snapshot.block_size
         grows = table.grows(view)
@@ -132,8 +122,6 @@ class Gathering:
                 continue
             there = table.tenants(instance)
             rows, held = there.rows + 1, (there.blocks + moved) * size
-            step_s = self._cost.decode(1, DecodeWork(rows, held, 1))
-            shared = instance in self._prompts_on
-            if step_s <= (self._lanes.shared_s if shared else _SPARE_PART * self._clock.pace_s):
+            if self._cost.decode(1, DecodeWork(rows, held, 1)) <= self._lanes.decode_s:
                 found.append((instance in table.idle, rows, -instance))
         return -max(found)[2] if found else None

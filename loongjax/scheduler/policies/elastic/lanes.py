@@ -3,8 +3,10 @@
 A lane is a group on which prompts that take long are computed chunk by chunk, several in one step
 if they fit. Their KV lies evenly on it, so that every chunk can run there. A prompt gets as many
 instances as it can use: the constant part of a step, on all of them, is to be small beside the
-work. Those that decode keep as many instances as they need; and whoever waits for a lane makes
-those in use larger, or waits there in order, if there is no room for another one.
+work. But several of them are computed beside each other, on narrow lanes: whoever decodes where its
+KV lies holds up fewer instances. Those that decode keep as many instances as they need; and whoever
+waits for a lane makes those in use larger, or waits there in order, if there is no room for another
+one.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ from loongjax.scheduler.scaling import tokens_in_time
 
 _CONSTANT_PART = 0.15
 """Part of a prompt's work that constants may come to on the instances that it gets."""
-_DECODING_PART = 0.6
-"""Part of the time from token to token that decodes may take on instances left to them; short
-prompts get the rest."""
+_DECODING_PART = 0.9
+"""Part of the time from token to token that steps of those who decode may take on instances that
+are left to them, or that they move to."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -67,8 +69,8 @@ class Lanes:
         return tokens_in_time(self._pace_s, most, self._cost)
 
     @property
-    def shared_s(self) -> float:
-        """What a step of those who decode may take where prompts get on, too [s]."""
+    def decode_s(self) -> float:
+        """What a step of those who decode on one instance may take [s]."""
         return _DECODING_PART * self._pace_s
 
     def is_small(self, tokens: int) -> bool:
@@ -116,7 +118,7 @@ class Lanes:
         rows, tokens, longest = len(small), sum(small), max(small)
         for instances in range(1, most):
             work = DecodeWork(-(-rows // instances), tokens // instances, 1, longest)
-            if self._cost.decode(1, work) <= self.shared_s:
+            if self._cost.decode(1, work) <= self.decode_s:
                 return instances
         return most
 
@@ -166,15 +168,16 @@ class Lanes:
         """Instances of any lane in use."""
         return frozenset[InstanceId]().union(*self.in_use)
 
-    def choose(self, longs: Iterable[RequestView]) -> dict[RequestId, frozenset[InstanceId]]:
+    def choose(self, longs: Sequence[RequestView]) -> dict[RequestId, frozenset[InstanceId]]:
         """A lane for each prompt that takes long, the most urgent first; none for some."""
         lanes = [_Lane(members=members) for members in self.in_use]
+        each = max(1, self._most // max(1, len(longs)))
         found: list[tuple[RequestView, _Lane]] = []
         for view in longs:
             if view.kv:
                 lane = next((lane for lane in lanes if lane.members & view.homes), None)
             else:
-                lane = self._lane_for(view, lanes)
+                lane = self._lane_for(view, lanes, each)
             if lane is not None:
                 lane.waiting += 1
                 found.append((view, lane))
@@ -215,10 +218,12 @@ class Lanes:
             self._rooms[key] = room
         return room
 
-    def _lane_for(self, view: RequestView, lanes: list[_Lane]) -> _Lane | None:
-        """The lane of a new prompt: a new one, or one that grows for it."""
+    def _lane_for(self, view: RequestView, lanes: list[_Lane], each: int) -> _Lane | None:
+        """The lane of a new prompt: a new one, or one that grows for it. `each`: instances for each
+        of those that take long.
+        """
         need = self.need(view)
-        size = max(1, min(max(need.least, need.usable), self._most))
+        size = max(1, min(max(need.least, min(need.usable, each)), self._most))
         spare = self._spare(lanes)
         return self._new_lane(lanes, spare, size) or self._shared_lane(lanes, spare, size)
 
