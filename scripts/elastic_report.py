@@ -59,11 +59,7 @@ def target_rows(found: Found) -> Iterator[list[str]]:
     ]
     for workload in dict.fromkeys(w for part, w, _ in found if part == "targets"):
         mine, other = (rate(found, "targets", workload, p) for p in ("elastic", "loongserve"))
-        slack = max(
-            (rate(found, "targets", workload, column), column)
-            for part, of, column in found
-            if (part, of) == ("targets", workload) and column.startswith("chunked")
-        )[0]
+        slack = chunked_rate(found, workload)
         bound = rate(found, "targets", workload, "elastic", "bound")
         asked = TARGETS.get(workload, TRACE_TARGET)
         full = [
@@ -76,6 +72,13 @@ def target_rows(found: Found) -> Iterator[list[str]]:
             Path(workload).name,
             *(f"{x:.3g}" for x in (*numbers, slack, mine / slack, asked[1], *full)),
         ]
+
+
+def chunked_rate(found: Found, workload: str) -> float:
+    """Of the length of chunks that is best, among those that were tried with the most seeds."""
+    cells = [key for key in found if key[:2] == ("targets", workload) and "chunked" in key[2]]
+    most = max((len(found[key]) for key in cells), default=0)
+    return max((rate(found, *key) for key in cells if len(found[key]) == most), default=math.nan)
 
 
 def latency_rows(found: Found) -> Iterator[list[str]]:

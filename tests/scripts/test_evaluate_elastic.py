@@ -9,7 +9,7 @@ import pytest
 from loongjax.costmodel import ChunkWork, DecodeWork
 from loongjax.scheduler.policies.elastic import clock, order
 from loongjax.simulator import Goodput
-from scripts import evaluate_elastic
+from scripts import elastic_report, evaluate_elastic
 from scripts.evaluate_elastic import (
     ABLATIONS,
     CONSTANTS,
@@ -116,6 +116,12 @@ def test_other_seeds_use_the_length_of_chunks_that_was_best(made_up, tmp_path):
     made = Evaluation(tmp_path, 1000.0, 2, None).made()
     seeds = [name.rpartition("-")[2] for name in made if "chunked" in name]
     assert sorted(seeds) == ["0", "0", "1"]
+
+
+def test_chunks_of_a_length_that_only_one_seed_tried_do_not_count():
+    one, two = [{"sustainable": 9.0}], [{"sustainable": 1.0}, {"sustainable": 2.0}]
+    found = {("targets", "w", "chunked:1"): one, ("targets", "w", "chunked:2"): two}
+    assert elastic_report.chunked_rate(found, "w") == 1.5
 
 
 def test_a_search_begins_where_another_seed_ended(tmp_path):
