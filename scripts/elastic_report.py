@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 USUAL = "as it is"
 FACTORS = (0.5, 2.0)
+SENSITIVE_PART = 0.8
 # What is asked of `elastic`: goodput over LoongServe's, and over chunked prefill's in slack order.
 TARGETS = {
     "sharegpt": (1.05, 1.1),
@@ -149,6 +150,6 @@ def draw_sensitivity(found: Found, path: Path) -> None:
         axes.axvline(usual, color="k", linewidth=0.5)
         axes.set_title(workload, fontsize=9)
         axes.tick_params(labelsize=7)
-        axes.set_xlabel("served in time, worst class", fontsize=7)
+        axes.set_xlabel(f"served in time, worst class, {SENSITIVE_PART} of the bound", fontsize=7)
     picture.axes[0].legend(fontsize=7)
     picture.savefig(path, dpi=120)

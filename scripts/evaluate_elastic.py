@@ -49,7 +49,7 @@ from loongjax.simulator import (
     work_rate,
 )
 from loongjax.simulator.jobs import length_class
-from scripts.elastic_report import FACTORS, USUAL, write_report
+from scripts.elastic_report import FACTORS, SENSITIVE_PART, USUAL, write_report
 
 HARDWARE = "a800x8"
 SHAPE = "llama2-7b"
@@ -57,7 +57,6 @@ WORKLOADS = ("sharegpt", "leval", "lveval", "mixed", "zipf:1.0", "zipf:1.2", "zi
 SLACK = tuple(f"chunked_prefill:order=slack,chunk={size}" for size in (2048, 4096))
 LATENCY = ("mixed", "zipf:1.0")
 PART = 0.6
-SENSITIVE_PART = 0.8
 COARSE = 0.05
 LONG = 4000
 """Jobs, from so many on a search begins where one of a part of them ended,"""

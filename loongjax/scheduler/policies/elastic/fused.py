@@ -75,7 +75,7 @@ class FusedStep:
         self._works: list[ChunkWork] = []
         self._refused = math.inf
         self.decode_s = self._decode_s()
-        self._so_far_s: float | None = None
+        self._known_s: float | None = None
 
     # ---- who decodes -----------------------------------------------------------------
 
@@ -143,14 +143,14 @@ class FusedStep:
     @property
     def left_s(self) -> float:
         """What is left of its time [s]."""
-        return min(self.budget, self.chunk_s) - self._now_s
+        return min(self.budget, self.chunk_s) - self._so_far_s
 
     @property
-    def _now_s(self) -> float:
-        """How long it takes as it is [s]."""
-        if self._so_far_s is None:
-            self._so_far_s = self._seconds()
-        return self._so_far_s
+    def _so_far_s(self) -> float:
+        """How long it takes as it is [s]; it is asked for again and again between two prompts."""
+        if self._known_s is None:
+            self._known_s = self._seconds()
+        return self._known_s
 
     # ---- prompts ---------------------------------------------------------------------
 
@@ -163,7 +163,7 @@ class FusedStep:
         """Whether it is known that there is no time for a new prompt, or no room."""
         if self.may_be_forced or view.kv:
             return False
-        most = min(max(1, view.uncomputed), self._room())
+        most = self._most(view)
         return most < 1 or most >= self._refused
 
     def add(self, view: RequestView, homes: Collection[InstanceId], *, forced: bool = False) -> int:
@@ -193,7 +193,7 @@ class FusedStep:
         self._chunks.append((view, tokens, shares))
         self._works.append(self._work(view, tokens))
         self._refused = math.inf
-        self._so_far_s = None
+        self._known_s = None
         kv = dict(view.kv)
         for instance, kept in shares:
             kv[instance] = kv.get(instance, 0) + kept
@@ -204,7 +204,7 @@ class FusedStep:
 
     def _fit(self, view: RequestView, forced: bool) -> int:
         """How many of a prompt's tokens there is time for, if any are worth it."""
-        most = min(max(1, view.uncomputed), self._room())
+        most = self._most(view)
         refused = not forced and not view.kv and most >= self._refused
         if most < 1 or refused:
             return 0
@@ -214,7 +214,7 @@ class FusedStep:
         def seconds(tokens: int) -> float:
             return self._seconds(ChunkWork(tokens, history))
 
-        limit, before_s = min(self.budget, self.chunk_s), self._now_s
+        limit, before_s = min(self.budget, self.chunk_s), self._so_far_s
         if seconds(most) <= limit:
             return most
 
@@ -238,6 +238,10 @@ class FusedStep:
         if not view.kv:
             self._refused = min(self._refused, most)
         return 0
+
+    def _most(self, view: RequestView) -> int:
+        """How many of a prompt's tokens are left and have room."""
+        return min(max(1, view.uncomputed), self._room())
 
     def _room(self) -> int:
         """Tokens that one more chunk may have, as the executor limits steps."""
