@@ -230,8 +230,8 @@ def test_every_prompt_that_is_looked_at_is_told_why() -> None:
 
 
 def test_a_lane_says_how_wide_it_is_and_why() -> None:
-    (reason,) = plan(waiting("a", 150_000)).reasons
-    assert reason.text == ("begins on a lane, 3 wide: it can use 4, needs 2; 1 left to decodes")
+    told = dict(plan(waiting("a", 150_000), decoding("d", (3, 1000))).reasons)
+    assert told["a"] == "begins on a lane, 3 wide: it can use 4, needs 2; 1 left to decodes"
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 1000, 1024, 99_999])
@@ -279,6 +279,14 @@ def test_long_prompts_that_come_together_are_computed_beside_each_other() -> Non
     assert {step.group for step in prefills(alone)} == {(0, 1, 2)}
     together = plan(*(waiting(name, 40_000) for name in "abc"), decoding("d", (3, 1000)))
     assert {step.group for step in prefills(together)} >= {(0,), (1,), (2,)}
+
+
+def test_while_nobody_decodes_lanes_take_all_instances() -> None:
+    """Each of these prompts needs two of the four."""
+    views = [waiting(name, 150_000) for name in "ab"]
+    assert {step.group for step in prefills(plan(*views))} == {(0, 1), (2, 3)}
+    beside = prefills(plan(*views, decoding("d", (3, 1000))))
+    assert not any(3 in homes_of(step) for step in beside)
 
 
 def test_what_needs_all_instances_gets_them() -> None:

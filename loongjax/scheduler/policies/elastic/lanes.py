@@ -4,9 +4,9 @@ A lane is a group on which prompts that take long are computed chunk by chunk, s
 if they fit. Their KV lies evenly on it, so that every chunk can run there. A prompt gets as many
 instances as it can use: the constant part of a step, on all of them, is to be small beside the
 work. But several of them are computed beside each other, on narrow lanes: whoever decodes where its
-KV lies holds up fewer instances. Those that decode keep as many instances as they need; and whoever
-waits for a lane makes those in use larger, or waits there in order, if there is no room for another
-one.
+KV lies holds up fewer instances. Those that decode and hold little keep as many instances as they
+need; and whoever waits for a lane makes those in use larger, or waits there in order, if there is
+no room for another one.
 """
 
 from __future__ import annotations
@@ -108,13 +108,13 @@ class Lanes:
 
     @cached_property
     def decoding(self) -> int:
-        """Instances that are left to decodes and short prompts: one at least, and as many as all
-        who decode and hold little need together, up to half of them.
+        """Instances that are left to those who decode and hold little: as many as they need
+        together, up to half of them.
         """
         most = len(self._table.free) // 2
         small = [v.computed for v in self._table.snapshot.running if self.is_small(v.computed)]
         if not small:
-            return min(1, most)
+            return 0
         rows, tokens, longest = len(small), sum(small), max(small)
         for instances in range(1, most):
             work = DecodeWork(-(-rows // instances), tokens // instances, 1, longest)
@@ -151,7 +151,7 @@ class Lanes:
 
     @cached_property
     def left(self) -> frozenset[InstanceId]:
-        """Instances that are left to decodes and short prompts."""
+        """Instances that are left to those who decode and hold little."""
         return frozenset(self._ranked[self._most :])
 
     @cached_property
@@ -220,10 +220,11 @@ class Lanes:
 
     def _lane_for(self, view: RequestView, lanes: list[_Lane], each: int) -> _Lane | None:
         """The lane of a new prompt: a new one, or one that grows for it. `each`: instances for each
-        of those that take long.
+        of those that take long. None takes all if it need not: others will come.
         """
         need = self.need(view)
-        size = max(1, min(max(need.least, min(need.usable, each)), self._most))
+        wanted = min(need.usable, each, len(self._table.free) - 1)
+        size = max(1, min(max(need.least, wanted), self._most))
         spare = self._spare(lanes)
         return self._new_lane(lanes, spare, size) or self._shared_lane(lanes, spare, size)
 
