@@ -34,11 +34,12 @@ Found: TypeAlias = Mapping[tuple[str, str, str], Sequence[Mapping[str, Any]]]
 
 
 def write_report(found: Found, out: Path) -> None:
-    """Writes `targets.csv`, `latency.csv`, `robust.csv`, `ablation.csv`, `sensitivity.csv` and
-    `sensitivity.png` to a folder.
+    """Writes `targets.csv`, `latency.csv`, `saturated.csv`, `robust.csv`, `ablation.csv`,
+    `sensitivity.csv` and `sensitivity.png` to a folder.
     """
     write_table(out / "targets.csv", target_rows(found))
     write_table(out / "latency.csv", latency_rows(found))
+    write_table(out / "saturated.csv", saturated_rows(found))
     write_table(out / "robust.csv", goodput_rows(found, "robust"))
     write_table(out / "ablation.csv", ablation_rows(found))
     write_table(out / "sensitivity.csv", sensitivity_rows(found))
@@ -90,6 +91,14 @@ def latency_rows(found: Found) -> Iterator[list[str]]:
             if all(name in each for each in runs):
                 times = [mean(each[name][key] for each in runs) for key in ("p50", "p99", "mean")]
                 yield [workload, policy, name, *(f"{t:.3g}" for t in times)]
+
+
+def saturated_rows(found: Found) -> Iterator[list[str]]:
+    """The work done, as a part of the fluid bound, when requests come at it for long."""
+    yield ["workload", "elastic", "loongserve"]
+    for workload in dict.fromkeys(w for part, w, _ in found if part == "saturated"):
+        work = [rate(found, "saturated", workload, p, "work") for p in ("elastic", "loongserve")]
+        yield [workload, *(f"{part:.3f}" for part in work)]
 
 
 def goodput_rows(found: Found, part: str) -> Iterator[list[str]]:

@@ -4,10 +4,11 @@
 
 Every search or run is a cell, and a line of `cells.jsonl`: whoever broke off goes on where it was,
 and several processes share the work. Parts: `targets` (sustainable goodput against LoongServe and
-chunked prefill), `latency` (time to first token at 0.6 of the fluid bound), `robust` (wrong cost
-models, bursts, an instance lost), `ablation` (one idea left out; like `robust`, searched to a
-twentieth of the bound), and `sensitivity` (every constant at half and at twice its value, at 0.8 of
-the bound). The last two change constants of modules: what nobody should set has no option.
+chunked prefill), `latency` (time to first token at 0.6 of the fluid bound), `saturated` (what is
+served when requests come at the bound for longer), `robust` (wrong cost models, bursts, an instance
+lost), `ablation` (one idea left out; like `robust`, searched to a twentieth of the bound), and
+`sensitivity` (every constant at half and at twice its value, at 0.8 of the bound). The last two
+change constants of modules: what nobody should set has no option.
 """
 
 from __future__ import annotations
@@ -57,6 +58,10 @@ WORKLOADS = ("sharegpt", "leval", "lveval", "mixed", "zipf:1.0", "zipf:1.2", "zi
 SLACK = tuple(f"chunked_prefill:order=slack,chunk={size}" for size in (2048, 4096))
 LATENCY = ("mixed", "zipf:1.0")
 PART = 0.6
+SATURATED = ("mixed", "lveval", "zipf:1.0")
+LASTING = 4
+"""Runs of `saturated` last so many times as long: prompts of hundreds of thousands of tokens that
+are begun and not done count for nothing, which tells in shorter ones."""
 COARSE = 0.05
 LONG = 4000
 """Jobs, from so many on a search begins where one of a part of them ended,"""
@@ -189,6 +194,15 @@ class Evaluation:
                         seed=seed,
                         make=lambda w=workload, p=policy, s=seed: self.served(w, p, s, PART),
                     )
+            for workload in SATURATED:
+                for policy in ("elastic", "loongserve"):
+                    yield Cell(
+                        part="saturated",
+                        workload=workload,
+                        column=policy,
+                        seed=seed,
+                        make=lambda w=workload, p=policy, s=seed: self.served(w, p, s, 1, LASTING),
+                    )
         for workload in LATENCY:
             for policy in ("elastic", "loongserve"):
                 yield from self._robust(workload, policy)
@@ -273,20 +287,26 @@ class Evaluation:
     # ---- what a cell is made of ------------------------------------------------------
 
     def jobs(
-        self, workload: str, seed: int, cv: float = 1.0, limit: int | None = None
+        self,
+        workload: str,
+        seed: int,
+        cv: float = 1.0,
+        limit: int | None = None,
+        lasting: float = 1.0,
     ) -> list[Job]:
-        """As many as keep the fluid bound busy for the seconds asked for."""
+        """As many as keep the fluid bound busy for the seconds asked for, times `lasting`."""
         if not is_workload(workload):
             every = read_trace(workload, limit=limit)
-            count = self._count(every)
+            count = self._count(every, lasting)
             first = seed * count % max(1, len(every) - count)
             return every[first : first + count]
         few = draw_jobs(workload, 2000, rate=1.0, seed=seed)
-        return draw_jobs(workload, self._count(few), rate=1.0, seed=seed, cv=cv, limit=limit)
+        count = self._count(few, lasting)
+        return draw_jobs(workload, count, rate=1.0, seed=seed, cv=cv, limit=limit)
 
-    def _count(self, jobs: Sequence[Job]) -> int:
+    def _count(self, jobs: Sequence[Job], lasting: float) -> int:
         bound = fluid_rate(jobs, deploy(HARDWARE, SHAPE))
-        return max(60, math.ceil(bound * self.seconds))
+        return max(60, math.ceil(bound * self.seconds * lasting))
 
     def goodput(
         self,
@@ -341,12 +361,14 @@ class Evaluation:
         values = [made[name] for name in names if name in made]
         return [v[name] / v["bound"] for v in values for name in ("paper", "every_class")]
 
-    def served(self, workload: str, policy: str, seed: int, part: float) -> dict[str, Any]:
+    def served(
+        self, workload: str, policy: str, seed: int, part: float, lasting: float = 1.0
+    ) -> dict[str, Any]:
         """At a part of the fluid bound: times to first token by class of length [s], who was served
         in time in the worst class, and the work that was done, as a part of what came.
         """
         deployment = deploy(HARDWARE, SHAPE, layout=policy_layout(policy))
-        jobs = self.jobs(workload, seed)
+        jobs = self.jobs(workload, seed, lasting=lasting)
         rate = part * fluid_rate(jobs, deployment)
         jobs = at_rate(jobs[: math.ceil(part * len(jobs))], rate)
         run = simulate(jobs, deployment, create_policy(policy, deployment.cost))
@@ -397,7 +419,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--only",
         action="append",
         metavar="PART",
-        help="targets, latency, robust, ablation, sensitivity; repeatable",
+        help="targets, latency, saturated, robust, ablation, sensitivity; repeatable",
     )
     parser.add_argument("--workload", action="append", metavar="W", help="only these; repeatable")
     parser.add_argument("--seconds", type=float, default=1000.0, help="of a run (default 1000)")
@@ -407,6 +429,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     gc.set_threshold(*COLLECTED_AFTER)
     evaluation = Evaluation(options.out, options.seconds, options.seeds, options.trace)
+    made = evaluation.made() if options.made else {}
     found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for cell in evaluation.cells():
         if options.only and cell.part not in options.only:
@@ -414,7 +437,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.workload and cell.workload not in options.workload:
             continue
         started = time.perf_counter()
-        value = evaluation.made().get(cell.name) if options.made else evaluation.value(cell)
+        value = made.get(cell.name) if options.made else evaluation.value(cell)
         if value is None:
             continue
         found.setdefault((cell.part, cell.workload, cell.column), []).append(value)

@@ -36,9 +36,9 @@ def made_up(monkeypatch):
         names = ("paper", "every_class", "sustainable", "saturated")
         return dict.fromkeys(names, sustained) | {"bound": 2.0}
 
-    def served(self, workload, policy, seed, part):
+    def served(self, workload, policy, seed, part, lasting=1.0):
         times = {"p50": part, "p99": 2 * part, "mean": part}
-        return {"<4k": times, "attained": 0.5 + 0.25 * seed, "work": part}
+        return {"<4k": times, "attained": 0.5 + 0.25 * seed, "work": part / lasting}
 
     monkeypatch.setattr(Evaluation, "goodput", goodput)
     monkeypatch.setattr(Evaluation, "served", served)
@@ -48,7 +48,7 @@ def made_up(monkeypatch):
 @pytest.fixture
 def few(monkeypatch):
     """So few jobs that a run takes seconds, types checked."""
-    monkeypatch.setattr(Evaluation, "_count", lambda self, jobs: 20)
+    monkeypatch.setattr(Evaluation, "_count", lambda self, jobs, lasting: 20)
 
 
 def test_targets_stand_beside_what_was_reached(made_up, tmp_path):
@@ -58,6 +58,15 @@ def test_targets_stand_beside_what_was_reached(made_up, tmp_path):
     mixed = dict(zip(head, rows[3], strict=True))
     assert float(mixed["elastic"]) == pytest.approx(1.57)
     assert float(mixed["loongserve"]) == pytest.approx(1.6)
+
+
+def test_saturation_is_measured_for_longer(made_up, tmp_path):
+    main(["--out", str(tmp_path), "--only", "saturated", "--seeds", "2"])
+    rows = table(tmp_path / "saturated.csv")[1:]
+    assert rows == [[workload, "0.250", "0.250"] for workload in evaluate_elastic.SATURATED]
+    evaluation = Evaluation(tmp_path, 1000.0, 1, None)
+    few, many = (evaluation.jobs("mixed", 0, lasting=lasting) for lasting in (1.0, 4.0))
+    assert len(many) == pytest.approx(4 * len(few), rel=0.01)
 
 
 def test_sensitivity_is_drawn_for_every_constant(made_up, tmp_path):
