@@ -80,6 +80,11 @@ def _in_time(self: gathering.Gathering, view: RequestView) -> bool:
     return self._clock.late_in(view) >= self._cost.migrate(view.computed)
 
 
+def _one_left(self: lanes.Lanes, needed: Any = lanes.Lanes.decoding) -> int:
+    """An instance is left to decodes though nobody needs it yet."""
+    return max(1, needed.func(self))
+
+
 ABLATIONS: dict[str, tuple[str, tuple[Change, ...]]] = {
     "everything": ("elastic", ()),
     "whole prompts": (f"elastic:chunk_s={NO_LIMIT}", ()),
@@ -94,6 +99,10 @@ ABLATIONS: dict[str, tuple[str, tuple[Change, ...]]] = {
     "no early reserve": ("elastic", ((clock, "_RESERVE", 0.0),)),
     "all instances for every long prompt": ("elastic", ((lanes, "_CONSTANT_PART", NO_LIMIT),)),
     "one instance for every prompt that fits": ("elastic", ((lanes, "_CONSTANT_PART", 0.0),)),
+    "an instance always left to decodes": (
+        "elastic",
+        ((lanes.Lanes, "decoding", property(_one_left)),),
+    ),
     "none alone beside lanes": (
         "elastic",
         ((prompts.Prompts, "_begin_alone", lambda self, view: False),),
