@@ -15,6 +15,8 @@ matplotlib.use("Agg")
 from matplotlib.figure import Figure
 
 USUAL = "as it is"
+UNHURRIED = "elastic:decode_s=0.2"
+"""Whose answers need not keep pace with the objective: what that costs under saturation."""
 FACTORS = (0.5, 2.0)
 SENSITIVE_PART = 0.8
 # What is asked of `elastic`: goodput over LoongServe's, and over chunked prefill's in slack order.
@@ -95,9 +97,10 @@ def latency_rows(found: Found) -> Iterator[list[str]]:
 
 def saturated_rows(found: Found) -> Iterator[list[str]]:
     """The work done, as a part of the fluid bound, when requests come at it for long."""
-    yield ["workload", "elastic", "loongserve"]
+    policies = ("elastic", UNHURRIED, "loongserve")
+    yield ["workload", *policies]
     for workload in dict.fromkeys(w for part, w, _ in found if part == "saturated"):
-        work = [rate(found, "saturated", workload, p, "work") for p in ("elastic", "loongserve")]
+        work = [rate(found, "saturated", workload, policy, "work") for policy in policies]
         yield [workload, *(f"{part:.3f}" for part in work)]
 
 

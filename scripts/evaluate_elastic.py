@@ -50,7 +50,13 @@ from loongjax.simulator import (
     work_rate,
 )
 from loongjax.simulator.jobs import length_class
-from scripts.elastic_report import FACTORS, SENSITIVE_PART, USUAL, write_report
+from scripts.elastic_report import (
+    FACTORS,
+    SENSITIVE_PART,
+    UNHURRIED,
+    USUAL,
+    write_report,
+)
 
 HARDWARE = "a800x8"
 SHAPE = "llama2-7b"
@@ -58,7 +64,7 @@ WORKLOADS = ("sharegpt", "leval", "lveval", "mixed", "zipf:1.0", "zipf:1.2", "zi
 SLACK = tuple(f"chunked_prefill:order=slack,chunk={size}" for size in (2048, 4096))
 LATENCY = ("mixed", "zipf:1.0")
 PART = 0.6
-SATURATED = ("mixed", "lveval", "zipf:1.0")
+SATURATED = ("mixed", "lveval", "zipf:1.0", "zipf:1.2")
 LASTING = 4
 """Runs of `saturated` last so many times as long: prompts of hundreds of thousands of tokens that
 are begun and not done count for nothing, which tells in shorter ones."""
@@ -204,7 +210,7 @@ class Evaluation:
                         make=lambda w=workload, p=policy, s=seed: self.served(w, p, s, PART),
                     )
             for workload in SATURATED:
-                for policy in ("elastic", "loongserve"):
+                for policy in ("elastic", UNHURRIED, "loongserve"):
                     yield Cell(
                         part="saturated",
                         workload=workload,

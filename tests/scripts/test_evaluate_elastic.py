@@ -63,7 +63,7 @@ def test_targets_stand_beside_what_was_reached(made_up, tmp_path):
 def test_saturation_is_measured_for_longer(made_up, tmp_path):
     main(["--out", str(tmp_path), "--only", "saturated", "--seeds", "2"])
     rows = table(tmp_path / "saturated.csv")[1:]
-    assert rows == [[workload, "0.250", "0.250"] for workload in evaluate_elastic.SATURATED]
+    assert rows == [[workload, *3 * ["0.250"]] for workload in evaluate_elastic.SATURATED]
     evaluation = Evaluation(tmp_path, 1000.0, 1, None)
     few, many = (evaluation.jobs("mixed", 0, lasting=lasting) for lasting in (1.0, 4.0))
     assert len(many) == pytest.approx(4 * len(few), rel=0.01)
