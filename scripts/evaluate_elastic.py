@@ -202,22 +202,10 @@ class Evaluation:
                     yield self._goodput("targets", workload, policy, policy, seed)
             for workload in LATENCY:
                 for policy in ("elastic", "loongserve"):
-                    yield Cell(
-                        part="latency",
-                        workload=workload,
-                        column=policy,
-                        seed=seed,
-                        make=lambda w=workload, p=policy, s=seed: self.served(w, p, s, PART),
-                    )
+                    yield self._served("latency", workload, policy, seed, PART)
             for workload in SATURATED:
                 for policy in ("elastic", UNHURRIED, "loongserve"):
-                    yield Cell(
-                        part="saturated",
-                        workload=workload,
-                        column=policy,
-                        seed=seed,
-                        make=lambda w=workload, p=policy, s=seed: self.served(w, p, s, 1, LASTING),
-                    )
+                    yield self._served("saturated", workload, policy, seed, 1.0, LASTING)
         for workload in LATENCY:
             for policy in ("elastic", "loongserve"):
                 yield from self._robust(workload, policy)
@@ -251,6 +239,20 @@ class Evaluation:
             return self.goodput(workload, policy, seed, **conditions)
 
         return Cell(part=part, workload=workload, column=column, seed=seed, make=make)
+
+    def _served(
+        self,
+        part: str,
+        workload: str,
+        policy: str,
+        seed: int,
+        load: float,
+        lasting: float = 1.0,
+    ) -> Cell:
+        def make() -> dict[str, Any]:
+            return self.served(workload, policy, seed, load, lasting)
+
+        return Cell(part=part, workload=workload, column=policy, seed=seed, make=make)
 
     def _ablation(self, workload: str, column: str, policy: str, changes: Sequence[Change]) -> Cell:
         """The goodput without an idea, and how long short prompts wait at a rate below it."""
