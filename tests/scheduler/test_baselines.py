@@ -244,6 +244,7 @@ def test_settings_follow_the_name() -> None:
         ("magic", "no policy is called 'magic'; known are chunked_prefill, disaggregated"),
         ("tp:speed=9", "policy 'tp' has no setting 'speed=9'"),
         ("tp:cost=9", "has no setting 'cost=9'"),
+        ("elastic:_alone=1", "has no setting '_alone=1'"),
         (
             "loongserve:migrates",
             "write NAME=VALUE with one of block_s, decode_s, headroom, migrates",

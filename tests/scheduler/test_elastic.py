@@ -29,7 +29,7 @@ from loongjax.scheduler import validate
 from loongjax.scheduler.policies import create_policy
 from loongjax.scheduler.policies.elastic import Elastic
 from loongjax.scheduler.policies.elastic.fused import spread
-from loongjax.scheduler.policies.elastic.order import Order
+from loongjax.scheduler.policies.elastic.order import AloneTimes, Order
 from loongjax.scheduler.policies.elastic.reasons import DUE
 from tests.scheduler.analytic_cost import AnalyticCost
 
@@ -184,7 +184,7 @@ def test_a_short_prompt_overtakes_a_long_one_between_its_chunks() -> None:
 
 
 def test_the_order_is_of_waiting_by_how_long_it_takes() -> None:
-    order = Order(AnalyticCost(), 4, now=NOW, floor_s=0.04)
+    order = Order(AloneTimes(AnalyticCost(), 4, floor_s=0.04), now=NOW)
     long = waiting("long", 150_000, arrival=NOW - 20.0)
     short = waiting("short", 500, arrival=NOW - 0.3)
     assert order.first([long, short], 1) == [short]
@@ -197,8 +197,9 @@ def test_the_order_is_of_waiting_by_how_long_it_takes() -> None:
 
 
 def test_who_has_to_begin_to_meet_its_deadline_goes_first() -> None:
-    order = Order(AnalyticCost(), 4, now=NOW, floor_s=0.04)
-    short, rest = waiting("short", 500, arrival=NOW - 0.3), order.alone_s(150_000)
+    alone = AloneTimes(AnalyticCost(), 4, floor_s=0.04)
+    order = Order(alone, now=NOW)
+    short, rest = waiting("short", 500, arrival=NOW - 0.3), alone.whole_s(150_000)
     for seconds_left, goes_first in ((0.9, False), (1.2, True), (3.0, False)):
         view = waiting("long", 150_000, deadline=NOW + seconds_left * rest)
         assert (order.first([short, view], 1) == [view]) is goes_first
@@ -236,9 +237,9 @@ def test_a_lane_says_how_wide_it_is_and_why() -> None:
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 1000, 1024, 99_999])
 def test_times_alone_are_interpolated(tokens: int) -> None:
-    order = Order(AnalyticCost(), 2, now=NOW, floor_s=0.04)
+    alone = AloneTimes(AnalyticCost(), 2, floor_s=0.04)
     exact = AnalyticCost().prefill(2, [ChunkWork(tokens, 0)])
-    assert order.alone_s(tokens) == pytest.approx(exact, rel=0.2)
+    assert alone.whole_s(tokens) == pytest.approx(exact, rel=0.2)
 
 
 # ---- lanes ---------------------------------------------------------------------------

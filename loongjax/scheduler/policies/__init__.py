@@ -80,7 +80,8 @@ def _parse(text: str) -> tuple[str, _Entry, dict[str, Any]]:
     if name not in _POLICIES:
         raise ConfigError(f"no policy is called {name!r}; known are {', '.join(policy_names())}")
     entry = _POLICIES[name]
-    known = {each.name: each.default for each in fields(entry.settings) if each.name != "cost"}
+    settings = [each for each in fields(entry.settings) if each.init and each.name != "cost"]
+    known = {each.name: each.default for each in settings}
     values = {}
     for setting in filter(None, rest.split(",")):
         key, equals, written = setting.partition("=")

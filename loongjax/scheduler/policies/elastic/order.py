@@ -16,11 +16,14 @@ import heapq
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
+from functools import cache, lru_cache
 
 from loongjax.costmodel.protocol import ChunkWork, CostModel
 from loongjax.plan import RequestId, RequestView
 
 _SIZES = tuple(1 << power for power in range(22))
+_KEPT = 1 << 16
+"""Lengths of prompts whose times are kept."""
 _LEAST_S = 1e-3
 _HEAD_START_S = 2.0
 """As if everyone had waited so long when it came: of those who just came, the shortest is first."""
@@ -33,52 +36,74 @@ _GUARD_S = 0.5
 are left besides: it is hardly ever alone."""
 
 
-class Order:
-    """Urgency in one plan. Times alone are interpolated, for there may be thousands of them."""
+class AloneTimes:
+    """What prompts take alone on all instances: the same in every plan, and asked for by thousands
+    who wait, so it is interpolated and kept.
+    """
 
-    def __init__(self, cost: CostModel, degree: int, now: float, floor_s: float) -> None:
+    def __init__(self, cost: CostModel, degree: int, floor_s: float) -> None:
         """`degree`: of all instances. What takes less than `floor_s` counts as if it took that."""
         self._cost = cost
         self._degree = degree
-        self._now = now
         self._floor_s = floor_s
-        self._alone: dict[int, float] = {}
+        self._exactly_s = cache(self._computed_s)
+        self.whole_s = lru_cache(_KEPT)(self._interpolated_s)
+        """By tokens of a prompt [s]."""
+        self.weight = lru_cache(_KEPT)(self._weighed)
+        """By tokens of a prompt of which nothing is computed: what its wait is divided by."""
 
-    def alone_s(self, tokens: int) -> float:
-        """What a prompt takes alone on all instances, about [s]."""
+    def rest_s(self, view: RequestView) -> float:
+        """What is left of it takes, about [s]."""
+        if not view.computed:
+            return self.whole_s(view.length)
+        work = ChunkWork(max(1, view.uncomputed), view.computed)
+        return self._cost.prefill(self._degree, [work])
+
+    def at_least_s(self, seconds: float) -> float:
+        """As what a time counts [s]."""
+        return max(seconds, self._floor_s, _LEAST_S)
+
+    def weigh(self, seconds: float) -> float:
+        """What the wait of a prompt that takes so long is divided by."""
+        return self.at_least_s(seconds) ** _EVENNESS
+
+    def _weighed(self, tokens: int) -> float:
+        return self.weigh(self.whole_s(tokens))
+
+    def _interpolated_s(self, tokens: int) -> float:
         right = min(max(bisect_left(_SIZES, tokens), 1), len(_SIZES) - 1)
         low, high = _SIZES[right - 1], _SIZES[right]
         first, second = self._exactly_s(low), self._exactly_s(high)
         return first + (second - first) * (tokens - low) / (high - low)
 
-    def _exactly_s(self, tokens: int) -> float:
-        found = self._alone.get(tokens)
-        if found is None:
-            found = self._cost.prefill(self._degree, [ChunkWork(tokens, 0)])
-            self._alone[tokens] = found
-        return found
+    def _computed_s(self, tokens: int) -> float:
+        return self._cost.prefill(self._degree, [ChunkWork(tokens, 0)])
+
+
+class Order:
+    """Urgency in one plan."""
+
+    def __init__(self, alone: AloneTimes, now: float) -> None:
+        self._alone = alone
+        self._now = now
 
     def rest_s(self, view: RequestView) -> float:
         """What is left of it takes on all instances, about [s]."""
-        if not view.computed:
-            return self.alone_s(view.length)
-        work = ChunkWork(max(1, view.uncomputed), view.computed)
-        return self._cost.prefill(self._degree, [work])
+        return self._alone.rest_s(view)
 
     def stretch(self, view: RequestView) -> float:
         """How many times as long as all of it takes alone it has waited."""
-        return (self._now - view.arrival) / self._at_least_s(self.alone_s(view.length))
+        alone = self._alone
+        return (self._now - view.arrival) / alone.at_least_s(alone.whole_s(view.length))
 
     def urgency(self, view: RequestView) -> float:
         """See the module."""
+        alone = self._alone
         waited = self._now - view.arrival + _HEAD_START_S
-        seconds = self.alone_s(view.length)
-        if view.computed:
-            seconds = math.sqrt(self.rest_s(view) * seconds)
-        return waited / self._at_least_s(seconds) ** _EVENNESS
-
-    def _at_least_s(self, seconds: float) -> float:
-        return max(seconds, self._floor_s, _LEAST_S)
+        if not view.computed:
+            return waited / alone.weight(view.length)
+        seconds = math.sqrt(alone.rest_s(view) * alone.whole_s(view.length))
+        return waited / alone.weigh(seconds)
 
     def slack_s(self, view: RequestView) -> float:
         """How long a request may wait and have its prompt computed by its deadline, if it is then
@@ -89,8 +114,6 @@ class Order:
         return view.deadline - self._now - self.rest_s(view)
 
     def _has_to_begin(self, view: RequestView) -> bool:
-        if view.deadline is None:
-            return False
         slack = self.slack_s(view)
         return 0.0 <= slack <= _GUARD * self.rest_s(view) + _GUARD_S
 
@@ -99,5 +122,5 @@ class Order:
         return heapq.nsmallest(count, views, key=self._key)
 
     def _key(self, view: RequestView) -> tuple[int, bool, float, float, RequestId]:
-        late = not self._has_to_begin(view)
+        late = view.deadline is None or not self._has_to_begin(view)
         return (-view.priority, late, -self.urgency(view), view.arrival, view.id)

@@ -18,14 +18,14 @@ A pure function of the snapshot and the clock. Promises as `LoongServe`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from loongjax.costmodel.protocol import CostModel
 from loongjax.errors import ConfigError
 from loongjax.plan import DecodeStep, Group, Plan, Reason, Rejection, Snapshot
 from loongjax.scheduler.policies.continuing import groups_to_go_on
 from loongjax.scheduler.policies.elastic.clock import Clock
-from loongjax.scheduler.policies.elastic.order import Order
+from loongjax.scheduler.policies.elastic.order import AloneTimes, Order
 from loongjax.scheduler.policies.elastic.prompts import Prompts
 from loongjax.scheduler.policies.elastic.reasons import PREEMPTED
 from loongjax.scheduler.policies.seating import Seating
@@ -58,6 +58,9 @@ class Elastic:
     chunk_s: float = 0.5
     floor_s: float = 0.04
     reject_late: bool = False
+    _alone: dict[int, AloneTimes] = field(
+        init=False, default_factory=dict, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if self.headroom is not None and self.headroom < 0:
@@ -80,7 +83,10 @@ class Elastic:
         seating.seat_the_short()
         clock = Clock(table, self.cost, now, self.decode_s)
         degree = snapshot.topology.degrees[-1]
-        order = Order(self.cost, degree, now, self.floor_s)
+        alone = self._alone.get(degree)
+        if alone is None:
+            alone = self._alone[degree] = AloneTimes(self.cost, degree, self.floor_s)
+        order = Order(alone, now)
         reject = self._hopeless(snapshot, order) if self.reject_late else ()
         if reject:
             return Plan(reject=reject)
