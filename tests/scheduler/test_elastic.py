@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from random import Random
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from loongjax.cluster.topology import EverySubset
 from loongjax.costmodel.protocol import ChunkWork
@@ -194,6 +197,23 @@ def test_the_order_is_of_waiting_by_how_long_it_takes() -> None:
     nearly_done = replace(long, id="nearly", computed=149_000, kv=shares, arrival=NOW - 4.0)
     assert order.first([long, nearly_done], 1) == [nearly_done]
     assert order.first([short, nearly_done], 1) == [short]
+
+
+@given(st.randoms(use_true_random=False))
+@settings(max_examples=30, deadline=None)
+def test_the_first_of_many_are_those_of_all(random: Random) -> None:
+    order = Order(AloneTimes(AnalyticCost(), 4, floor_s=0.04), now=NOW)
+    views = [
+        replace(
+            waiting(str(i), random.choice((1, 500, 800, 20_000, 150_000))),
+            arrival=NOW - random.choice((0.0, 0.5, 3.0, 40.0)),
+            priority=random.choice((0, 0, 0, 0, 1, -1)),
+            deadline=random.choice((None, None, None, NOW + 1.0, NOW + 50.0)),
+            computed=random.choice((0, 0, 0, 1)) * 400,
+        )
+        for i in range(60)
+    ]
+    assert order.first(views, 10) == order.first(views, 60)[:10]
 
 
 def test_who_has_to_begin_to_meet_its_deadline_goes_first() -> None:

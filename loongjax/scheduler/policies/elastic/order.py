@@ -119,7 +119,23 @@ class Order:
 
     def first(self, views: Sequence[RequestView], count: int) -> list[RequestView]:
         """The first ones, by priority and then by urgency."""
-        return heapq.nsmallest(count, views, key=self._key)
+        return heapq.nsmallest(count, self._candidates(views, count), key=self._key)
+
+    def _candidates(self, views: Sequence[RequestView], count: int) -> Sequence[RequestView]:
+        """Those among whom the first ones are: of thousands who came and have nothing that sets
+        them apart only the most urgent are compared in full.
+        """
+        if len(views) <= 2 * count:
+            return views
+        plain: list[RequestView] = []
+        found: list[RequestView] = []
+        for view in views:
+            is_plain = not view.computed and not view.priority and view.deadline is None
+            (plain if is_plain else found).append(view)
+        urgencies = [self.urgency(view) for view in plain]
+        least = min(heapq.nlargest(count, urgencies), default=0.0)
+        found += [view for view, each in zip(plain, urgencies, strict=True) if each >= least]
+        return found
 
     def _key(self, view: RequestView) -> tuple[int, bool, float, float, RequestId]:
         late = view.deadline is None or not self._has_to_begin(view)
