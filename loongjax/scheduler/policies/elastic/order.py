@@ -16,7 +16,7 @@ import heapq
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 
 from loongjax.costmodel.protocol import ChunkWork, CostModel
 from loongjax.plan import RequestId, RequestView
@@ -46,7 +46,6 @@ class AloneTimes:
         self._cost = cost
         self._degree = degree
         self._floor_s = floor_s
-        self._exactly_s = cache(self._computed_s)
         self.whole_s = lru_cache(_KEPT)(self._interpolated_s)
         """By tokens of a prompt [s]."""
         self.weight = lru_cache(_KEPT)(self._weighed)
@@ -76,7 +75,7 @@ class AloneTimes:
         first, second = self._exactly_s(low), self._exactly_s(high)
         return first + (second - first) * (tokens - low) / (high - low)
 
-    def _computed_s(self, tokens: int) -> float:
+    def _exactly_s(self, tokens: int) -> float:
         return self._cost.prefill(self._degree, [ChunkWork(tokens, 0)])
 
 
@@ -102,7 +101,7 @@ class Order:
         waited = self._now - view.arrival + _HEAD_START_S
         if not view.computed:
             return waited / alone.weight(view.length)
-        seconds = math.sqrt(alone.rest_s(view) * alone.whole_s(view.length))
+        seconds = math.sqrt(self.rest_s(view) * alone.whole_s(view.length))
         return waited / alone.weigh(seconds)
 
     def slack_s(self, view: RequestView) -> float:
@@ -133,7 +132,7 @@ class Order:
             is_plain = not view.computed and not view.priority and view.deadline is None
             (plain if is_plain else found).append(view)
         urgencies = [self.urgency(view) for view in plain]
-        least = min(heapq.nlargest(count, urgencies), default=0.0)
+        least = min(heapq.nlargest(count, urgencies), default=math.inf)
         found += [view for view, each in zip(plain, urgencies, strict=True) if each >= least]
         return found
 
